@@ -1,0 +1,82 @@
+"""The environment, read once into one frozen dataclass (contract, section 8)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+VERSION = "0.1.0"  # of this service
+
+# What makes two registrations one visitor; the order is the order of looking.
+MATCH_FORMS = ("token", "token,phone", "token,email", "token,phone,email")
+
+
+class SettingError(Exception):
+    """A value that cannot be meant: one line that names the variable and the reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be configured; every default is the contract's."""
+
+    bind: str = "127.0.0.1:3000"  # PORT and LIVECHAT_HOST; gunicorn judges it
+    workers: str = "2"  # WEB_CONCURRENCY; gunicorn judges it
+    database: str = "livechat.db"  # LIVECHAT_DB
+    match: tuple[str, ...] = ("token",)  # LIVECHAT_MATCH
+    departments: Mapping[str, str] = field(default_factory=dict)  # id or name -> id; empty: any
+    custom_fields: frozenset[str] = frozenset()  # the keys that are kept; empty: any
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read `environ`; raise `SettingError` for a value that cannot be meant."""
+        return cls(
+            bind=_bind(environ.get("LIVECHAT_HOST", ""), environ.get("PORT", "")),
+            workers=environ.get("WEB_CONCURRENCY") or cls.workers,
+            database=_database(environ.get("LIVECHAT_DB", cls.database)),
+            match=_match(environ.get("LIVECHAT_MATCH") or "token"),
+            departments=_departments(environ.get("LIVECHAT_DEPARTMENTS", "")),
+            custom_fields=frozenset(_items(environ.get("LIVECHAT_CUSTOM_FIELDS", ""))),
+        )
+
+
+def _items(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def _bind(host: str, port: str) -> str:
+    # A host that sets PORT routes to it from outside; without one this is somebody's laptop.
+    host = host or ("0.0.0.0" if port else "127.0.0.1")
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    return f"{host}:{port or 3000}"
+
+
+def _database(path: str) -> str:
+    if not path.strip():
+        raise SettingError("LIVECHAT_DB: the name is empty")
+    if path == ":memory:" or path.startswith("file:"):
+        # Each worker process would have a database of its own, and lose it.
+        raise SettingError(f"LIVECHAT_DB: {path!r} is not a file; give the path of one")
+    return os.path.abspath(path)
+
+
+def _match(value: str) -> tuple[str, ...]:
+    form = tuple(_items(value))
+    if ",".join(form) not in MATCH_FORMS:
+        raise SettingError(f"LIVECHAT_MATCH: {value!r} is none of {' | '.join(MATCH_FORMS)}")
+    return form
+
+
+def _departments(value: str) -> dict[str, str]:
+    ids: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for item in _items(value):
+        id_, colon, name = (part.strip() for part in item.partition(":"))
+        name = name if colon else id_
+        if not id_ or not name:
+            raise SettingError(f"LIVECHAT_DEPARTMENTS: {item!r} is not id:name")
+        if id_ in ids or name in names:
+            raise SettingError(f"LIVECHAT_DEPARTMENTS: {item!r} stands there twice")
+        ids[id_] = names[name] = id_
+    return names | ids  # an id wins over another department's name
