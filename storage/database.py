@@ -68,6 +68,8 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
         raise PrepareError(f"{path}: not a SQLite database") from None
     except IsADirectoryError:
         raise PrepareError(f"{path}: a folder, not a file") from None
+    except (FileExistsError, NotADirectoryError):
+        raise PrepareError(f"{path}: its folder is a file, not a folder") from None
     except apsw.BusyError:
         raise PrepareError(f"{path}: locked by another process") from None
     except (*_FAULTS, apsw.SQLError) as fault:
@@ -90,7 +92,7 @@ def _migrate(connection: apsw.Connection, path: str, indexed: Collection[str]) -
     if connection.pragma("user_version") > VERSION:
         raise PrepareError(f"{path}: written by a newer version of this service")
     _configure(connection)
-    with connection:
+    with _transaction(connection):
         if new:
             connection.execute(files(__package__).joinpath("schema.sql").read_text("utf-8"))
             connection.pragma("application_id", APPLICATION_ID)
@@ -126,8 +128,23 @@ def _configure(connection: apsw.Connection) -> None:
     held = [connection.pragma(name) for name in ("journal_mode", "synchronous", "secure_delete")]
     if held != ["wal", 2, 1]:
         raise apsw.CantOpenError(f"SQLite did not take the settings it was given: {held}")
-    # A deferred transaction that turns writer fails at once where another one writes.
-    connection.transaction_mode = "IMMEDIATE"
+
+
+@contextmanager
+def _transaction(connection: apsw.Connection) -> Generator[None]:
+    """Commit what is done inside, or roll it back where it raises.
+
+    apsw's own `with connection` holds the interpreter lock while it waits and while it commits,
+    so that no other thread runs. IMMEDIATE, because a deferred transaction that turns writer
+    fails at once where another one writes.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 @contextmanager
@@ -173,9 +190,8 @@ class Database:
         deadline = time.monotonic() + TIMEOUT
         with self._writer.held(deadline) as connection, _turn(self._path, deadline):
             connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
-            with connection:
-                result = work(connection)
-        return result
+            with _transaction(connection):
+                return work(connection)
 
     def read(self, work: Callable[[apsw.Connection], T]) -> T:
         """Run `work`, which only reads, and return what it returns, which is no cursor.

@@ -1,0 +1,265 @@
+"""One SQLite file: prepared once, private, durable, and shared by processes and threads."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import apsw
+import pytest
+
+import storage
+from storage import database as module
+from tests.server import ROOT, wait_until
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "livechat.db")
+
+
+@pytest.fixture
+def database(path):
+    storage.prepare(path)
+    database = storage.Database(path)
+    yield database
+    database.close()
+
+
+def count(connection):
+    return connection.execute("SELECT count(*) FROM visitor").get
+
+
+def store(database):
+    return storage.VisitorStore(database)
+
+
+def test_a_new_database_is_made_with_its_folders_and_opened_the_next_time(tmp_path):
+    path = str(tmp_path / "a" / "b" / "livechat.db")
+    assert storage.prepare(path) == (True, 0)
+    assert storage.prepare(path) == (False, 0)
+    database = storage.Database(path)
+    store(database).register("a", {})
+    database.close()
+    assert storage.prepare(path) == (False, 1)
+
+
+def test_an_empty_file_is_a_new_database(path):
+    open(path, "w").close()
+    assert storage.prepare(path) == (True, 0)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_every_file_is_readable_by_its_owner_alone(path, umask):
+    before = os.umask(umask)
+    try:
+        open(path, "w").close()  # with whatever rights
+        storage.prepare(path)
+        database = storage.Database(path)
+        store(database).register("a", {})
+    finally:
+        os.umask(before)
+    names = {f"livechat.db{suffix}" for suffix in ("", "-wal", "-shm", "-lock")}
+    folder = os.path.dirname(path)
+    assert set(os.listdir(folder)) == names
+    modes = {stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) for name in names}
+    database.close()
+    assert modes == {0o600}
+
+
+def test_every_connection_has_the_settings_that_make_an_answer_durable(database):
+    def settings(connection):
+        names = ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
+        return [connection.pragma(name) for name in names]
+
+    assert database.write(settings) == ["wal", 2, 1, 1]
+    assert database.read(settings) == ["wal", 2, 1, 1]
+
+
+def test_the_file_says_whose_it_is_and_its_tables_are_strict(database):
+    assert database.read(lambda connection: connection.pragma("user_version")) == 1
+    assert database.read(lambda connection: connection.pragma("application_id")) == 0x4C435631
+    tables = database.read(
+        lambda connection: connection.execute(
+            "SELECT name, strict FROM pragma_table_list WHERE schema = 'main' AND name != 'sqlite_schema'"
+        ).fetchall()
+    )
+    assert sorted(tables) == [("guest", 1), ("visitor", 1)]
+
+
+def test_only_what_registrations_are_matched_by_has_an_index(path):
+    def indexes():
+        connection = apsw.Connection(path)
+        sql = "SELECT name FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL"
+        names = {name for (name,) in connection.execute(sql)}
+        connection.close()
+        return names
+
+    for match in (("token",), ("token", "phone"), ("token", "email"), ("token",)):
+        storage.prepare(path, match)
+        assert indexes() == {f"visitor_{column}" for column in match[1:]}
+
+
+def refused(path):
+    with pytest.raises(storage.PrepareError) as raised:
+        storage.prepare(path)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert refused(str(tmp_path)) == f"{tmp_path}: a folder, not a file"
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
+    with open(path, "w") as file:
+        file.write("something else\n" * 100)
+    assert refused(path) == f"{path}: not a SQLite database"
+    with open(path) as file:
+        assert file.read() == "something else\n" * 100
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE visitor (token)", "PRAGMA application_id = 5", "PRAGMA user_version = 1; CREATE TABLE t (x)"]
+)
+def test_another_applications_database_is_refused_and_left_alone(path, statement):
+    connection = apsw.Connection(path)
+    connection.execute(f"{statement}; PRAGMA journal_mode = DELETE")
+    connection.close()
+    with open(path, "rb") as file:
+        before = file.read()
+    assert refused(path) == f"{path}: the database of another application"
+    with open(path, "rb") as file:
+        assert file.read() == before
+
+
+def test_a_database_of_a_newer_version_is_refused(database, path):
+    database.write(lambda connection: connection.pragma("user_version", 2))
+    database.close()
+    assert refused(path) == f"{path}: written by a newer version of this service"
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "livechat.db"
+    assert refused(str(path)) == f"{path}: its folder is a file, not a folder"
+
+
+@pytest.mark.parametrize("version", ["3.40.1", "3.51.2", "3.52.0"])
+def test_an_sqlite_that_can_damage_a_database_is_refused(path, version, monkeypatch):
+    monkeypatch.setattr(module.apsw, "sqlite_lib_version", lambda: version)
+    assert refused(path) == f"SQLite {version} can damage a database; install a newer apsw"
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("version", ["3.51.3", "3.52.1", "3.53.0", "4.0.0"])
+def test_a_sound_sqlite_is_taken(path, version, monkeypatch):
+    monkeypatch.setattr(module.apsw, "sqlite_lib_version", lambda: version)
+    assert storage.prepare(path) == (True, 0)
+
+
+def test_a_database_that_vanished_is_never_made_anew_empty(database, path):
+    for suffix in ("", "-wal", "-shm"):
+        if os.path.exists(path + suffix):
+            os.unlink(path + suffix)
+    with pytest.raises(storage.Unavailable, match="CantOpenError"):
+        database.read(count)
+    open(path, "w").close()
+    with pytest.raises(storage.Unavailable, match="is not the database that the start prepared"):
+        database.read(count)
+
+
+def test_work_that_raises_changes_nothing_and_the_next_one_goes_well(database):
+    def work(connection):
+        connection.execute("UPDATE guest SET last = 99")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        database.write(work)
+    assert store(database).register("a", {})["username"] == "guest-2"
+
+
+def test_threads_may_share_a_database(database):
+    visitors = store(database)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: visitors.register(f"t{number}", {}), range(80)))
+        counts = list(pool.map(lambda _: database.read(count), range(80)))
+    assert len({visitor["username"] for visitor in made}) == 80
+    assert set(counts) == {80}
+
+
+LOCKS = {
+    "transaction": "import apsw; held = apsw.Connection(path); held.execute('BEGIN IMMEDIATE')",
+    "queue": "import fcntl; held = open(path + '-lock'); fcntl.flock(held, fcntl.LOCK_EX)",
+}
+
+
+@contextmanager
+def held(path, lock):
+    """Let another process hold a lock; yield a function that makes it let go."""
+    code = f"import sys; path = sys.argv[1]; {LOCKS[lock]}; print(flush=True); input()"
+    command = [sys.executable, "-c", code, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield lambda: process.communicate(b"\n")
+        process.kill()
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_writer_waits_for_another_process_and_readers_do_not(database, path, lock):
+    with held(path, lock) as let_go, ThreadPoolExecutor(1) as pool:
+        registering = pool.submit(store(database).register, "a", {})
+        wait_until(database._writer._free.locked, "the writer has begun")
+        for _ in range(3000):  # by then it waits in SQLite, and this thread goes on all the same
+            assert database.read(count) == 0
+        assert not registering.done()
+        let_go()
+        assert registering.result(5)["username"] == "guest-2"
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_one_deadline_covers_all_waiting(database, path, lock, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    with held(path, lock) as let_go:
+        start = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(store(database).register, f"t{n}", {}) for n in range(4)]
+        for one in waiting:
+            with pytest.raises(storage.Unavailable, match="BusyError"):
+                one.result()
+        assert time.monotonic() - start < 2 * 0.3  # together, not one after the other
+        let_go()
+        assert store(database).register("t", {})["username"] == "guest-2"
+
+
+def test_a_removed_lock_file_is_made_again(database, path):
+    store(database).register("a", {})
+    os.unlink(f"{path}-lock")
+    store(database).register("b", {})
+    assert os.path.exists(f"{path}-lock")
+
+
+def test_many_processes_may_prepare_one_database_at_once(path):
+    code = "import sys, storage; print(*storage.prepare(sys.argv[1], ('phone',)))"
+    for _ in range(2):
+        running = [
+            subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE)
+            for _ in range(8)
+        ]
+        said = sorted(process.communicate()[0].decode().strip() for process in running)
+        assert said == ["False 0"] * 7 + ["True 0"]
+        for suffix in ("", "-lock"):
+            os.unlink(path + suffix)
+
+
+def test_nothing_is_shared_that_two_threads_may_not_use_at_once(database):
+    inside = threading.Barrier(2, timeout=5)
+    with ThreadPoolExecutor(2) as pool:
+        # A reader and a writer are in SQLite at the same moment.
+        writing = pool.submit(database.write, lambda connection: inside.wait() + count(connection))
+        reading = pool.submit(database.read, lambda connection: inside.wait() + count(connection))
+        assert {writing.result(), reading.result()} == {0, 1}
