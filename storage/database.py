@@ -56,14 +56,20 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
     _check_sqlite(apsw.sqlite_lib_version())
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _turn(path, time.monotonic() + TIMEOUT):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
-            connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE)
-            try:
-                return _migrate(connection, path, indexed)
-            finally:
-                connection.close()
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE)
+        try:
+            connection.set_busy_timeout(int(1000 * TIMEOUT))
+            _is_new(connection, path)  # what is not ours is refused before anything is touched
+            with _turn(path, time.monotonic() + TIMEOUT):
+                new = _is_new(connection, path)
+                os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
+                _configure(connection)
+                with _transaction(connection):
+                    _migrate(connection, new, indexed)
+                return new, connection.execute("SELECT count(*) FROM visitor").get
+        finally:
+            connection.close()
     except apsw.NotADBError:
         raise PrepareError(f"{path}: not a SQLite database") from None
     except IsADirectoryError:
@@ -83,27 +89,29 @@ def _check_sqlite(version: str) -> None:
         raise PrepareError(f"SQLite {version} can damage a database; install a newer apsw")
 
 
-def _migrate(connection: apsw.Connection, path: str, indexed: Collection[str]) -> tuple[bool, int]:
-    connection.set_busy_timeout(int(1000 * TIMEOUT))
+def _is_new(connection: apsw.Connection, path: str) -> bool:
+    """Return whether the file is still empty; raise `PrepareError` where it is not ours."""
     application = connection.pragma("application_id")
-    new = not application and not connection.execute("SELECT count(*) FROM sqlite_schema").get
-    if not new and application != APPLICATION_ID:
+    if not application and not connection.execute("SELECT count(*) FROM sqlite_schema").get:
+        return True
+    if application != APPLICATION_ID:
         raise PrepareError(f"{path}: the database of another application")
     if connection.pragma("user_version") > VERSION:
         raise PrepareError(f"{path}: written by a newer version of this service")
-    _configure(connection)
-    with _transaction(connection):
-        if new:
-            connection.execute(files(__package__).joinpath("schema.sql").read_text("utf-8"))
-            connection.pragma("application_id", APPLICATION_ID)
-            connection.pragma("user_version", VERSION)
-        for column in ("phone", "email"):
-            if column in indexed:
-                sql = f"CREATE INDEX IF NOT EXISTS visitor_{column} ON visitor ({column})"
-            else:
-                sql = f"DROP INDEX IF EXISTS visitor_{column}"
-            connection.execute(sql)
-    return new, connection.execute("SELECT count(*) FROM visitor").get
+    return False
+
+
+def _migrate(connection: apsw.Connection, new: bool, indexed: Collection[str]) -> None:
+    if new:
+        connection.execute(files(__package__).joinpath("schema.sql").read_text("utf-8"))
+        connection.pragma("application_id", APPLICATION_ID)
+        connection.pragma("user_version", VERSION)
+    for column in ("phone", "email"):
+        if column in indexed:
+            sql = f"CREATE INDEX IF NOT EXISTS visitor_{column} ON visitor ({column})"
+        else:
+            sql = f"DROP INDEX IF EXISTS visitor_{column}"
+        connection.execute(sql)
 
 
 def _open(path: str) -> apsw.Connection:

@@ -39,6 +39,7 @@ class Server:
         environ = {"PORT": "0", "LIVECHAT_HOST": "127.0.0.1", "PATH": path, **environ}
         environ = {"LIVECHAT_DB": str(self.database), "HOME": str(folder), **environ}
         with self.output.open("ab") as output:
+            self.start = output.tell()
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -50,7 +51,8 @@ class Server:
             )
 
     def log(self):
-        return self.output.read_text()
+        """Return what this server, and none before it, has printed."""
+        return self.output.read_bytes()[self.start :].decode()
 
     def wait(self):
         """Wait until every worker has booted; return self."""

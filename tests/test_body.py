@@ -65,7 +65,7 @@ def nested(levels, opening=b"[", closing=b"]"):
         b"token=t",
         b"[" * 30_000 + b"]" * 30_000,
         nested(101),
-        nested(101, b'{"a":', b"1}").replace(b'1}', b'}').replace(b'{"a":}', b'{"a":1}'),
+        nested(101, b'{"a":', b"1}").replace(b"1}", b"}").replace(b'{"a":}', b'{"a":1}'),
         nested(900),
         nested(1100),
         b'{"visitor":{"token":"t","x":' + b"[" * 99 + b"]" * 99 + b',"x":1}}',
@@ -185,7 +185,9 @@ HOSTILE = {
     "21,000 bad items": b'{"visitor":{"token":"t","customFields":[' + b"0," * 32_000 + b"0]}}",
     "64 bad items": b'{"visitor":{"token":"t","customFields":[' + b"{}," * 63 + b"{}]}}",
     "a bad value": b'{"visitor":{"token":[' + b"0," * 32_000 + b"0]}}",
-    "a large object": b'{"visitor":{"token":"t","customFields":{' + b'"a":[0],' * 6_000 + b'"":0}}}',
+    "a large object": b'{"visitor":{"token":"t","customFields":{'
+    + b'"a":[0],' * 6_000
+    + b'"":0}}}',
     "brackets": b"[" * 65_536,
     "closed brackets": b"[" * 32_768 + b"]" * 32_768,
     "many arrays": b"[" + b"[]," * 21_000 + b"[]]",

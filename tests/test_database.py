@@ -124,7 +124,12 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
 
 
 @pytest.mark.parametrize(
-    "statement", ["CREATE TABLE visitor (token)", "PRAGMA application_id = 5", "PRAGMA user_version = 1; CREATE TABLE t (x)"]
+    "statement",
+    [
+        "CREATE TABLE visitor (token)",
+        "PRAGMA application_id = 5",
+        "PRAGMA user_version = 1; CREATE TABLE t (x)",
+    ],
 )
 def test_another_applications_database_is_refused_and_left_alone(path, statement):
     connection = apsw.Connection(path)

@@ -10,8 +10,7 @@ from settings import Settings
 from tests.conftest import PATH, Service
 
 NOT_FOUND = (
-    '{"success":false,"error":"Resource not found [error-not-found]",'
-    '"errorType":"error-not-found"}'
+    '{"success":false,"error":"Resource not found [error-not-found]","errorType":"error-not-found"}'
 )
 NOT_ALLOWED = (
     '{"success":false,"error":"Method not allowed [error-method-not-allowed]",'

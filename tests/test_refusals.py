@@ -91,7 +91,10 @@ ROWS = [
         "Expected boolean, got number in field visitor.customFields[0].overwrite",
     ),
     *[
-        (visitor(**{key: "x" * (most + 1)}), f"Expected at most {most} characters in field visitor.{key}")
+        (
+            visitor(**{key: "x" * (most + 1)}),
+            f"Expected at most {most} characters in field visitor.{key}",
+        )
         for key, most in [
             ("token", 256),
             ("name", 256),

@@ -177,7 +177,10 @@ def test_what_is_not_listed_is_ignored_never_stored_never_returned(service):
         ([field("old", "")], {"old": "", "empty": ""}),
         ([field("n", "1"), field("n", "2", overwrite=False)], {"old": "1", "empty": "", "n": "1"}),
         ([field("n", "1"), field("n", "2")], {"old": "1", "empty": "", "n": "2"}),
-        ([field("a.b", "1"), field("$set", "2")], {"old": "1", "empty": "", "a.b": "1", "$set": "2"}),
+        (
+            [field("a.b", "1"), field("$set", "2")],
+            {"old": "1", "empty": "", "a.b": "1", "$set": "2"},
+        ),
         ([field("__proto__", "1")], {"old": "1", "empty": "", "__proto__": "1"}),
     ],
 )
@@ -194,7 +197,10 @@ def test_an_empty_list_of_custom_fields_is_none(service):
 def test_only_configured_custom_fields_are_kept_others_are_skipped(make_service):
     service = make_service(LIVECHAT_CUSTOM_FIELDS="plan, seat")
     fields = [field("plan", "pro"), field("Plan", "x"), field("other", "y"), field("seat", "1")]
-    assert service.register("a", customFields=fields)["livechatData"] == {"plan": "pro", "seat": "1"}
+    assert service.register("a", customFields=fields)["livechatData"] == {
+        "plan": "pro",
+        "seat": "1",
+    }
     assert "livechatData" not in service.register("b", customFields=[field("other", "y")])
 
 
