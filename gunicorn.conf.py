@@ -40,6 +40,8 @@ def on_starting(server):
         server.log.info("new database at %s", _settings.database)
     else:
         server.log.info("opened %s (%d visitors)", _settings.database, visitors)
+    if _settings.agent is None:
+        server.log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
 
 
 def post_fork(server, worker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +27,9 @@ class Settings:
     match: tuple[str, ...] = ("token",)  # LIVECHAT_MATCH
     departments: Mapping[str, str] = field(default_factory=dict)  # id or name -> id; empty: any
     custom_fields: frozenset[str] = frozenset()  # the keys that are kept; empty: any
+    # The user id and the token of the read side; none: nobody reads. Never shown.
+    agent: tuple[str, str] | None = field(default=None, repr=False)
+    cors_origins: str | tuple[str, ...] = "*"  # "*", or the origins whose pages may ask
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -37,6 +41,8 @@ class Settings:
             match=_match(environ.get("LIVECHAT_MATCH") or "token"),
             departments=_departments(environ.get("LIVECHAT_DEPARTMENTS", "")),
             custom_fields=frozenset(_items(environ.get("LIVECHAT_CUSTOM_FIELDS", ""))),
+            agent=_agent(environ.get("LIVECHAT_AGENT", "")),
+            cors_origins=_origins(environ.get("LIVECHAT_CORS_ORIGINS") or "*"),
         )
 
 
@@ -80,3 +86,22 @@ def _departments(value: str) -> dict[str, str]:
             raise SettingError(f"LIVECHAT_DEPARTMENTS: {item!r} stands there twice")
         ids[id_] = names[name] = id_
     return names | ids  # an id wins over another department's name
+
+
+def _agent(value: str) -> tuple[str, str] | None:
+    user_id, _, token = value.partition(":")
+    if value and not (user_id and token):
+        raise SettingError("LIVECHAT_AGENT: not userId:authToken, both not empty")
+    return (user_id, token) if value else None
+
+
+def _origins(value: str) -> str | tuple[str, ...]:
+    origins = tuple(origin.lower() for origin in _items(value))  # as browsers send them
+    if origins == ("*",):
+        return "*"
+    for origin in origins:
+        if not re.fullmatch("[a-z][a-z0-9+.-]*://[^/?#@*]+", origin):
+            raise SettingError(
+                f"LIVECHAT_CORS_ORIGINS: {origin!r} is no origin such as https://example.org"
+            )
+    return origins

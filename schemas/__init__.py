@@ -1,7 +1,8 @@
-"""The request bodies: one JSON Schema file each, and the wording of a refusal (contract, 2.2).
+"""The requests: one JSON Schema file each, named like its URL, and the wording of a refusal.
 
-A file is the only description of its body. Its keywords are checked in the order in which they
-stand in the file, so the order of the contract is the order of the file.
+A file is the only description of its body, or of its query parameters.
+Its keywords are checked in the order in which they stand in the file, so the order of the
+contract is the order of the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ QUOTED = 64  # characters of a client's key or value that an error repeats
 
 
 class InvalidParams(Exception):
-    """A body that its schema refuses; the text is what the client is told."""
+    """What a schema refuses; the text is what the client is told."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -27,18 +28,33 @@ def load(name: str) -> dict[str, Any]:
     return schema
 
 
-def checker(name: str) -> Callable[[Any], None]:
+def match_checker(name: str) -> Callable[[Any], None]:
     """Return a function that raises `InvalidParams` for the first fault of a JSON value.
 
-    The validator is built here, once: building it costs some fifty times as much as a check.
+    The first is the one that the client sent first; worded as Meteor's `check` does.
     """
-    validator = _ClientOrder(load(name))
+    return _checker(_ClientOrder, load(name), _match_error)
 
-    def check(body: Any) -> None:
+
+def ajv_checker(name: str) -> Callable[[Any], None]:
+    """Return a function that raises `InvalidParams` for the first fault of a JSON value.
+
+    The first is the one that stands first in the schema; worded as the JavaScript library Ajv does.
+    """
+    return _checker(Draft202012Validator, load(name), _ajv_error)
+
+
+def _checker(
+    validator_class: Any, schema: Mapping[str, Any], word: Callable[[ValidationError], str]
+) -> Callable[[Any], None]:
+    # Built here, once: building a validator costs some fifty times as much as a check.
+    validator = validator_class(schema)
+
+    def check(value: Any) -> None:
         # Lazily the first error alone: all errors of a hostile body take half a second.
-        error = next(validator.iter_errors(body), None)
+        error = next(validator.iter_errors(value), None)
         if error is not None:
-            raise InvalidParams(_match_error(error))
+            raise InvalidParams(word(error))
 
     return check
 
@@ -60,40 +76,56 @@ _ClientOrder: Any = extend(  # type: ignore[no-untyped-call] # the stubs leave i
     Draft202012Validator, {"properties": _properties}
 )
 
+# What a refusal says, by keyword. jsonschema's own message quotes the data, and is never used.
+_MATCH = {
+    "required": "Missing key '{missing}'",
+    "additionalProperties": "Unknown key",
+    "minLength": "Expected at least {wanted} character",
+    "maxLength": "Expected at most {wanted} characters",
+    "maxItems": "Expected at most {wanted} items",
+    "pattern": "Expected text without NUL characters",
+}
+_AJV = {
+    "type": "must be {wanted}",
+    "required": "must have required property '{missing}'",
+    "additionalProperties": "must NOT have additional properties",
+    "minLength": "must NOT have fewer than {wanted} characters",
+    "maxLength": "must NOT have more than {wanted} characters",
+    "maxItems": "must NOT have more than {wanted} items",
+    "minimum": "must be >= {wanted}",
+    "pattern": "must NOT contain NUL characters",
+}
+
+
+def _word(error: ValidationError, wording: Mapping[str, str]) -> str:
+    wanted: Any = error.validator_value
+    value: Any = error.instance
+    required = wanted if error.validator == "required" else ()
+    missing = next((key for key in required if key not in value), None)
+    return wording[str(error.validator)].format(wanted=wanted, missing=missing)
+
+
+def _ajv_error(error: ValidationError) -> str:
+    return f"{_word(error, _AJV)} [invalid-params]"
+
 
 def _match_error(error: ValidationError) -> str:
-    """Word an error as Meteor's `check` does; jsonschema's own message quotes the data."""
+    expectation = _mistyped(error) if error.validator == "type" else _word(error, _MATCH)
     field = "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path
     )
     where = f" in field {field[1:]}" if error.absolute_path else ""
-    return f"Match error: {_expectation(error)}{where}"
+    return f"Match error: {expectation}{where}"
 
 
-def _expectation(error: ValidationError) -> str:
-    wanted: Any = error.validator_value
+def _mistyped(error: ValidationError) -> str:
     value: Any = error.instance
-    match error.validator:
-        case "type" if wanted == "array":
-            quoted = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-            return f"Expected array, got {quoted[:QUOTED]}"
-        case "type" if wanted == "object" and isinstance(value, list):
-            return "Expected plain object"
-        case "type":
-            return f"Expected {wanted}, got {_typeof(value)}"
-        case "required":
-            return f"Missing key '{next(key for key in wanted if key not in value)}'"
-        case "additionalProperties":
-            return "Unknown key"
-        case "maxLength":
-            return f"Expected at most {wanted} characters"
-        case "minLength":
-            return f"Expected at least {wanted} character{'' if wanted == 1 else 's'}"
-        case "maxItems":
-            return f"Expected at most {wanted} items"
-        case "pattern":
-            return "Expected text without NUL characters"
-    raise NotImplementedError(f"no wording for the keyword {error.validator}")
+    if error.validator_value == "array":
+        quoted = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return f"Expected array, got {quoted[:QUOTED]}"
+    if error.validator_value == "object" and isinstance(value, list):
+        return "Expected plain object"
+    return f"Expected {error.validator_value}, got {_typeof(value)}"
 
 
 def _typeof(value: Any) -> str:

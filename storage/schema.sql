@@ -12,6 +12,7 @@ CREATE TABLE visitor (
     department  TEXT,
     ts          INTEGER NOT NULL,      -- creation, milliseconds since 1970
     updated     INTEGER NOT NULL,      -- last write, never going back
+    search      TEXT    NOT NULL,      -- name, username and the fields' values, casefolded, NUL between
     fields      TEXT    NOT NULL       -- custom fields: a JSON object of strings, in order of creation
 ) STRICT;
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,15 +28,29 @@ _COLUMNS = (
     "department",
     "ts",
     "updated",
+    "search",
     "fields",
 )
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM visitor"
 _INSERT = f"INSERT INTO visitor ({', '.join(_COLUMNS)}) VALUES (:{', :'.join(_COLUMNS)})"
 _UPDATE = """
     UPDATE visitor SET token = :token, name = :name, email = :email, phone = :phone,
-        department = :department, updated = :updated, fields = :fields
+        department = :department, updated = :updated, search = :search, fields = :fields
     WHERE number = :number
 """
+
+
+# What a search may be sorted by, and the column it stands in.
+SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
+MAX_INTEGER = 2**63 - 1  # of SQLite
+
+
+class VisitorNotFound(Exception):
+    """No visitor has that token or `_id`."""
+
+
+class UnknownField(Exception):
+    """A custom field whose key is not configured, or none at all."""
 
 
 class TooManyFields(Exception):
@@ -54,17 +68,22 @@ def random_id() -> str:
 
 
 class VisitorStore:
-    """The visitors in `database`; each method is one transaction, or raises `Unavailable`."""
+    """The visitors in `database`; each method is one transaction, or raises `Unavailable`.
+
+    Registrations meet by `match`; `field_keys` are the custom fields that are kept, all if empty.
+    """
 
     def __init__(
         self,
         database: Database,
         match: Iterable[str] = ("token",),
+        field_keys: Collection[str] = (),
         clock: Callable[[], int] = milliseconds,
         make_id: Callable[[], str] = random_id,
     ) -> None:
         self._database = database
         self._match = tuple(match)
+        self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
 
@@ -72,20 +91,21 @@ class VisitorStore:
         self,
         token: str,
         given: Mapping[str, str],
-        custom_fields: Iterable[Mapping[str, Any]] = (),
+        fields: Iterable[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
         """Create or update the visitor that `token`, or by configuration phone or email, meets.
 
         `given` holds what the client gave of username, name, email, phone and department, no
-        empty strings; `custom_fields` are dicts of key, value and overwrite.
-        Return the visitor; raise `TooManyFields` before anything is written.
+        empty strings; `fields` are dicts of key, value and overwrite, unknown keys are skipped.
+        Return the visitor; raise `TooManyFields`.
         """
+        fields = [field for field in fields if self._keeps(field["key"])]
 
         def work(connection: apsw.Connection) -> dict[str, Any]:
-            now = self._clock()
             visitor = self._meet(connection, token, given)
             statement = _UPDATE if visitor else _INSERT
             if visitor is None:
+                now = self._clock()
                 visitor = dict.fromkeys(_COLUMNS) | {
                     "id": self._make_id(),
                     "token": token,
@@ -95,12 +115,98 @@ class VisitorStore:
                     "fields": {},
                 }
             visitor |= {column: given[column] for column in given if column != "username"}
-            visitor["updated"] = max(now, visitor["updated"])
-            _set_fields(visitor["fields"], custom_fields)
-            connection.execute(statement, _row(visitor))
-            return _wire(visitor)
+            return self._save(connection, statement, visitor, fields)
 
         return self._database.write(work)
+
+    def set_fields(self, token: str, fields: Collection[Mapping[str, Any]]) -> None:
+        """Set custom fields, dicts of key, value and overwrite, of the visitor with that token.
+
+        Raise `VisitorNotFound`, `UnknownField` or `TooManyFields`, in this order.
+        """
+
+        def work(connection: apsw.Connection) -> None:
+            visitor = _one(connection, "token", token)
+            if not fields or not all(self._keeps(field["key"]) for field in fields):
+                raise UnknownField
+            self._save(connection, _UPDATE, visitor, fields)
+
+        self._database.write(work)
+
+    def find(self, token: str) -> dict[str, Any]:
+        """Return the visitor with that token; raise `VisitorNotFound`."""
+        return self._database.read(lambda connection: _wire(_one(connection, "token", token)))
+
+    def find_by_id(self, id_: str) -> dict[str, Any]:
+        """Return the visitor with that `_id`, which takes a scan; raise `VisitorNotFound`."""
+        return self._database.read(lambda connection: _wire(_one(connection, "id", id_)))
+
+    def search(
+        self, term: str, sort: Mapping[str, float], offset: int, count: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Return a page of the visitors that `term` finds, and the number of all of them.
+
+        `term` is a whole email or phone, or a part of name, username or a custom field's value;
+        "" is everybody. `sort` maps keys of `SORTABLE` to 1 or -1; the newest come first.
+        """
+        order = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
+        order.append("number DESC")
+        where = "email = :email OR phone = :phone OR instr(search, :part)" if term else "true"
+        sql = f"SELECT number FROM visitor WHERE {where} ORDER BY {', '.join(order)}"
+        wanted = {"email": term.lower(), "phone": term, "part": term.casefold()}
+
+        def work(connection: apsw.Connection) -> tuple[list[dict[str, Any]], int]:
+            if "\0" in term:  # which parts the columns of `search`, and no visitor holds
+                return [], 0
+            numbers = [number for (number,) in connection.execute(sql, wanted)]
+            page = [_one(connection, "number", n) for n in numbers[offset : offset + count]]
+            return [_found(_wire(visitor)) for visitor in page], len(numbers)
+
+        return self._database.read(work)
+
+    def erase(self, token: str) -> dict[str, Any]:
+        """Delete the visitor with that token, whose data is then gone from the files.
+
+        Return the `_id` and the time of deletion; raise `VisitorNotFound`.
+        """
+
+        def work(connection: apsw.Connection) -> dict[str, Any]:
+            visitor = _one(connection, "token", token)
+            connection.execute("DELETE FROM visitor WHERE number = ?", (visitor["number"],))
+            return {"_id": visitor["id"], "ts": _date(self._clock())}
+
+        return self._database.write(work, erases=True)
+
+    def ping(self) -> None:
+        """Read something; raise `Unavailable` where that cannot be done."""
+        self._database.read(lambda connection: connection.execute("SELECT last FROM guest").get)
+
+    def _keeps(self, key: str) -> bool:
+        return not self._field_keys or key in self._field_keys
+
+    def _save(
+        self,
+        connection: apsw.Connection,
+        statement: str,
+        visitor: dict[str, Any],
+        fields: Iterable[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Write a visitor with some custom fields; return it, or raise `TooManyFields`."""
+        held = visitor["fields"]
+        for field in fields:
+            if field["overwrite"] or not held.get(field["key"]):
+                held[field["key"]] = field["value"]
+        if len(held) > MAX_FIELDS:
+            raise TooManyFields
+        visitor["updated"] = max(self._clock(), visitor["updated"])
+        text = [visitor["name"] or "", visitor["username"], *held.values()]
+        row = {
+            **visitor,
+            "search": "\0".join(text).casefold(),
+            "fields": json.dumps(held, ensure_ascii=False, separators=(",", ":")),
+        }
+        connection.execute(statement, row)
+        return _wire(visitor)
 
     def _meet(
         self, connection: apsw.Connection, token: str, given: Mapping[str, str]
@@ -110,37 +216,28 @@ class VisitorStore:
             value = token if column == "token" else given.get(column)
             if value is None:
                 continue
-            sql = f"{_SELECT} WHERE {column} = ? ORDER BY number LIMIT 1"
-            row = connection.execute(sql, (value,)).fetchone()
-            if row is not None:
-                visitor = _visitor(row)
-                # Who is met by phone keeps the old token; who is met by email gets the new one.
-                return visitor | {"token": token} if column == "email" else visitor
+            try:
+                visitor = _one(connection, column, value)
+            except VisitorNotFound:
+                continue
+            # Who is met by phone keeps the old token; who is met by email gets the new one.
+            return visitor | {"token": token} if column == "email" else visitor
         return None
+
+
+def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str, Any]:
+    """Return the oldest visitor with that value in that column; raise `VisitorNotFound`."""
+    sql = f"{_SELECT} WHERE {column} = ? ORDER BY number LIMIT 1"
+    row = connection.execute(sql, (value,)).fetchone()
+    if row is None:
+        raise VisitorNotFound
+    visitor = dict(zip(_COLUMNS, row, strict=True))
+    return visitor | {"fields": json.loads(visitor["fields"])}
 
 
 def _next_guest(connection: apsw.Connection) -> int:
     number: int = connection.execute("UPDATE guest SET last = last + 1 RETURNING last").get
     return number
-
-
-def _set_fields(fields: dict[str, str], custom_fields: Iterable[Mapping[str, Any]]) -> None:
-    """Apply a list of custom fields in order; raise `TooManyFields`."""
-    for field in custom_fields:
-        if field["overwrite"] or not fields.get(field["key"]):
-            fields[field["key"]] = field["value"]
-    if len(fields) > MAX_FIELDS:
-        raise TooManyFields
-
-
-def _visitor(row: Iterable[Any]) -> dict[str, Any]:
-    visitor = dict(zip(_COLUMNS, row, strict=True))
-    return visitor | {"fields": json.loads(visitor["fields"])}
-
-
-def _row(visitor: Mapping[str, Any]) -> dict[str, Any]:
-    fields = json.dumps(visitor["fields"], ensure_ascii=False, separators=(",", ":"))
-    return {**visitor, "fields": fields}
 
 
 def _wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +256,12 @@ def _wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
         "livechatData": visitor["fields"],
     }
     return {key: value for key, value in shape.items() if value}
+
+
+def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a search answers of a visitor."""
+    keys = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")
+    return {key: visitor[key] for key in keys if key in visitor}
 
 
 def _date(ms: int) -> str:

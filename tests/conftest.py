@@ -21,7 +21,9 @@ class Service:
         storage.prepare(settings.database, settings.match)
         self.now = 1_656_482_701_392
         self.database = storage.Database(settings.database)
-        store = storage.VisitorStore(self.database, settings.match, clock=lambda: self.now)
+        store = storage.VisitorStore(
+            self.database, settings.match, settings.custom_fields, clock=lambda: self.now
+        )
         self.http = TestApp(create_app(store, settings))
 
     def post(self, body, path=PATH, content_type="application/json", **headers):

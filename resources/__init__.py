@@ -1,0 +1,1 @@
+"""The resources, one module a URL family; `app.create_app` gives each its routes."""

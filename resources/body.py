@@ -1,0 +1,92 @@
+"""The door: one bounded, strict read of a request's body (contract, section 1)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import falcon
+
+from resources.errors import MAX_BODY, refusal
+
+MAX_NESTING = 100  # levels of arrays and objects, the body itself is the first
+MAX_DOUBLE_DIGITS = 309  # an integer of more digits is beyond any double
+
+
+def read(req: falcon.Request, check: Callable[[Any], None]) -> Any:
+    """Read the body once, bounded and strict, and return the JSON value that passes `check`.
+
+    Falcon's own media is not enough: it takes a chunked body for an empty one and a short one for
+    whole, has no limit, and its JSON takes NaN and lone surrogates. The order is the contract's.
+    """
+    data, complete = _receive(req)
+    if len(data) > MAX_BODY or (req.content_length or 0) > MAX_BODY:
+        raise refusal("error-body-too-large")
+    if (data or not complete) and not _is_json(req):
+        raise refusal("error-unsupported-media-type")
+    if not complete:
+        raise refusal("error-incomplete-body")
+    try:
+        body = parse(data) if data else {}
+    except (ValueError, RecursionError):
+        raise refusal("error-invalid-json") from None
+    check(body)
+    return body
+
+
+def _receive(req: falcon.Request) -> tuple[bytes, bool]:
+    """Return the body, at most a byte above the limit, and whether all of it came."""
+    announced = req.content_length
+    if announced is None and not req.env.get("wsgi.input_terminated"):
+        return b"", True  # nobody says where it would end
+    if announced is not None and announced > MAX_BODY:
+        return b"", False
+    wanted = MAX_BODY + 1 if announced is None else announced
+    data = b""
+    try:
+        while len(data) < wanted and (more := req.stream.read(wanted - len(data))):
+            data += more
+    except Exception:  # each server has its own for a body that breaks off; gunicorn several
+        return data, False
+    return data, announced is None or len(data) == announced
+
+
+def _is_json(req: falcon.Request) -> bool:
+    media_type = (req.content_type or "*/*").partition(";")[0].strip().lower()
+    encoded = req.get_header("Content-Encoding")
+    return media_type in ("application/json", "*/*") and not encoded
+
+
+def parse(data: bytes) -> Any:
+    """Return the JSON value; raise ValueError or RecursionError where it is not strict JSON."""
+    text = data.decode()
+    value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_int)
+    # Both look at the text and not at the value, where a key that stands twice has hidden one.
+    if any(_LONE_SURROGATE.findall(text)) or _nesting(text) > MAX_NESTING:
+        raise ValueError
+    return value
+
+
+# The escapes of a JSON text in turn; the group is there where half a surrogate pair stands alone.
+_LONE_SURROGATE = re.compile(
+    r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u([dD][89a-fA-F]..)|.)", re.DOTALL
+)
+_ALL_BUT_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^][{}]', re.DOTALL)
+
+
+def _nesting(text: str) -> int:
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return 0  # most bodies, at the cost of two counts
+    brackets = _ALL_BUT_BRACKETS.sub("", text)
+    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DOUBLE_DIGITS else float(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,69 @@
+"""The service itself: what it is, whether it lives, and what its API is (contract, section 7)."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import falcon
+
+import schemas
+import storage
+from resources.errors import RETRY_AFTER
+from settings import VERSION
+
+API_VERSION = "8.8"  # of the Rocket.Chat API that is spoken here, which clients check
+
+
+class FixedResource:
+    """GET of what never changes: `/`, `/api/info`, `/livez`, `/health`, `/api/openapi.json`."""
+
+    def __init__(self, media: dict[str, Any]) -> None:
+        self._media = media
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200; nothing is touched."""
+        resp.media = self._media
+
+    on_head = on_get
+
+
+INDEX = {
+    "name": "livechat-visitors",
+    "version": VERSION,
+    "register": "POST /api/v1/livechat/visitor",
+    "openapi": "/api/openapi.json",
+    "success": True,
+}
+INFO = {"version": API_VERSION, "service": f"livechat-visitors {VERSION}", "success": True}
+ALIVE = {"status": "ok"}
+
+
+class ReadyResource:
+    """GET /readyz: whether the database can be read."""
+
+    def __init__(self, store: storage.VisitorStore) -> None:
+        self._store = store
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200, or 503 while the database is at fault."""
+        try:
+            self._store.ping()
+            status = "ok"
+        except storage.Unavailable:
+            status = "unavailable"
+            resp.status = falcon.HTTP_503
+            resp.set_header("Retry-After", str(RETRY_AFTER))
+        resp.media = {"status": status, "checks": {"database": {"status": status}}}
+
+    on_head = on_get
+
+
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI document; its request bodies are the schema files themselves."""
+    document: dict[str, Any] = json.loads(files(__package__).joinpath("openapi.json").read_bytes())
+    document["info"]["version"] = VERSION
+    for name in ("visitor", "visitor.status", "custom.field", "custom.fields"):
+        document["components"]["schemas"][name] = schemas.load(name)
+    return document

@@ -1,0 +1,113 @@
+"""The read side, for the one agent that is configured (contract, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hmac import compare_digest
+from typing import Any
+
+import falcon
+
+import schemas
+import storage
+from resources.body import parse
+from resources.errors import Refusal, bare_refusal
+from settings import Settings
+
+DEFAULT_COUNT = 50
+MAX_COUNT = 100
+
+
+def authenticate(req: falcon.Request, agent: tuple[str, str] | None) -> None:
+    """Raise 401 unless both headers are the agent's, which nobody's are without one."""
+    sent = (req.get_header("X-User-Id") or "", req.get_header("X-Auth-Token") or "")
+    wanted = agent or ("", "")
+    # Both are compared, each in a time that does not tell where it differs; PEP 3333 hands
+    # headers over as Latin-1, the environment is decoded as the file system is.
+    same = [
+        compare_digest(one.encode("latin-1"), other.encode("utf-8", "surrogateescape"))
+        for one, other in zip(sent, wanted, strict=True)
+    ]
+    if agent is None or not all(same):
+        error = "You must be logged in to do this."
+        raise Refusal(401, {"error": error, "status": "error", "message": error})
+
+
+class VisitorInfoResource:
+    """GET /api/v1/livechat/visitors.info: one visitor by `_id`."""
+
+    def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
+        self._store = store
+        self._agent = settings.agent
+        self._check = schemas.ajv_checker("visitors.info")
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200 with the visitor, but for the token."""
+        authenticate(req, self._agent)
+        query: Mapping[str, Any] = req.params
+        self._check(query)
+        try:
+            visitor = self._store.find_by_id(query["visitorId"])
+        except storage.VisitorNotFound:
+            raise bare_refusal("visitor-not-found") from None
+        del visitor["token"]
+        resp.media = {"visitor": visitor, "success": True}
+
+    on_head = on_get
+
+
+class VisitorSearchResource:
+    """GET /api/v1/livechat/visitors.search: a page of the visitors that a term finds."""
+
+    def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
+        self._store = store
+        self._agent = settings.agent
+        self._check = schemas.ajv_checker("visitors.search")
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200 with the page, and with the number of all that are found."""
+        authenticate(req, self._agent)
+        query: dict[str, Any] = {
+            key: _number(value) if key in ("count", "offset") else value
+            for key, value in req.params.items()
+        }
+        self._check(query)
+        count = min(int(min(query.get("count", 0), MAX_COUNT)) or DEFAULT_COUNT, MAX_COUNT)
+        offset = int(min(query.get("offset", 0), storage.MAX_INTEGER))
+        sort = _sort(query.get("sort", ""))
+        visitors, total = self._store.search(query["term"], sort, offset, count)
+        resp.media = {
+            "visitors": visitors,
+            "count": len(visitors),
+            "offset": offset,
+            "total": total,
+            "success": True,
+        }
+
+    on_head = on_get
+
+
+def _number(text: str | list[str]) -> Any:
+    """Return the number that `text` is in JSON, else `text`, which the schema then refuses."""
+    try:
+        number = parse(str(text).encode())
+    except (ValueError, RecursionError):
+        return text
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else text
+
+
+def _sort(text: str) -> dict[str, int]:
+    """Return the keys to sort by, each with 1 or -1; raise the refusal of anything else."""
+    try:
+        sort = parse(text.encode()) if text else {}
+        if all(
+            key in storage.SORTABLE and type(way) in (int, float) and way in (1, -1)
+            for key, way in sort.items()
+        ):
+            return dict(sort)
+    except (AttributeError, ValueError, RecursionError):
+        pass
+    kind = "error-invalid-sort"
+    error = f'Invalid sort parameter provided: "{text[: schemas.QUOTED]}" [{kind}]'
+    details = {"helperMethod": "parseJsonQuery"}
+    raise Refusal(400, {"error": error, "errorType": kind, "details": details})
