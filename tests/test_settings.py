@@ -57,6 +57,20 @@ def test_custom_fields_are_a_list_of_keys():
     assert read(LIVECHAT_CUSTOM_FIELDS="plan, a b,plan,").custom_fields == {"plan", "a b"}
 
 
+def test_the_agent_is_split_at_the_first_colon_and_never_shown():
+    assert read().agent is None
+    assert read(LIVECHAT_AGENT="").agent is None
+    assert read(LIVECHAT_AGENT="agent:sec:ret").agent == ("agent", "sec:ret")
+    assert "sec:ret" not in repr(read(LIVECHAT_AGENT="agent:sec:ret"))
+
+
+def test_origins_are_any_or_a_list():
+    assert read().cors_origins == read(LIVECHAT_CORS_ORIGINS="").cors_origins == "*"
+    assert read(LIVECHAT_CORS_ORIGINS="*").cors_origins == "*"
+    listed = read(LIVECHAT_CORS_ORIGINS="https://Shop.example, http://[::1]:80").cors_origins
+    assert listed == ("https://shop.example", "http://[::1]:80")
+
+
 @pytest.mark.parametrize(
     ("environ", "reason"),
     [
@@ -72,6 +86,12 @@ def test_custom_fields_are_a_list_of_keys():
         ({"LIVECHAT_DEPARTMENTS": ":Support"}, "LIVECHAT_DEPARTMENTS: ':Support' is not id:name"),
         ({"LIVECHAT_DEPARTMENTS": "a:S,b:S"}, "LIVECHAT_DEPARTMENTS: 'b:S' stands there twice"),
         ({"LIVECHAT_DEPARTMENTS": "a:S,a:T"}, "LIVECHAT_DEPARTMENTS: 'a:T' stands there twice"),
+        ({"LIVECHAT_AGENT": "secret"}, "LIVECHAT_AGENT: not userId:authToken, both not empty"),
+        ({"LIVECHAT_AGENT": ":secret"}, "LIVECHAT_AGENT: not userId:authToken, both not empty"),
+        ({"LIVECHAT_AGENT": "secret:"}, "LIVECHAT_AGENT: not userId:authToken, both not empty"),
+        ({"LIVECHAT_CORS_ORIGINS": "shop.example"}, "LIVECHAT_CORS_ORIGINS: 'shop.example' is no"),
+        ({"LIVECHAT_CORS_ORIGINS": "https://a.example/"}, "LIVECHAT_CORS_ORIGINS: 'https://a.exa"),
+        ({"LIVECHAT_CORS_ORIGINS": "*,https://a.example"}, "LIVECHAT_CORS_ORIGINS: '*' is no"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_named_in_one_line(environ, reason):
@@ -79,3 +99,4 @@ def test_a_value_that_cannot_be_meant_is_named_in_one_line(environ, reason):
         read(**environ)
     assert str(raised.value).startswith(reason)
     assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)

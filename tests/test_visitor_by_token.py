@@ -1,0 +1,234 @@
+"""GET and DELETE /api/v1/livechat/visitor/{token} (contract, section 3)."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import apsw
+import pytest
+
+import storage
+from storage.connection import scrub
+from tests.conftest import PATH
+from tests.server import ROOT
+
+UNKNOWN = '{"success":false,"error":"[invalid-token]","errorType":"invalid-token"}'
+TOKENS = [
+    "867ad6a09fc4af29f6f1f2a9cf1deaba",
+    "with space",
+    " ",
+    "a/b",
+    "a/",
+    "a//",
+    "/a",
+    "/",
+    "//",
+    "%",
+    "%2F",
+    "%ff",
+    "a?b",
+    "?",
+    "a#b",
+    "..",
+    "../..",
+    ".",
+    "é",
+    "e\u0301",
+    "\U0001f600",
+    "\ufffd",
+    "\u200b",
+    "\r\n",
+    "\\",
+    "visitor/",
+    "x/livechat/visitor/y",
+    "a;b=c&d+e",
+]
+
+
+def request(service, method, token, encoded=None):
+    path = f"{PATH}/{quote(token, safe='') if encoded is None else encoded}"
+    return service.http.request(path, method=method, expect_errors=True)
+
+
+@pytest.mark.parametrize("token", [token for token in TOKENS if token.strip()])
+def test_any_token_is_read_and_erased(service, token):
+    registered = service.register(token, name="N")
+    other = service.register("other")
+    answer = request(service, "GET", token)
+    assert answer.status_int == 200
+    assert answer.json == {"visitor": registered, "success": True}
+    assert answer.text.endswith(',"success":true}')
+    service.now += 1000
+    answer = request(service, "DELETE", token)
+    id_ = registered["_id"]
+    expected = f'{{"visitor":{{"_id":"{id_}","ts":"2022-06-29T06:05:02.392Z"}},"success":true}}'
+    assert (answer.status_int, answer.text) == (200, expected)
+    for method in ("GET", "DELETE"):
+        answer = request(service, method, token)
+        assert (answer.status_int, answer.text) == (400, UNKNOWN)
+    assert request(service, "GET", "other").json["visitor"] == other
+
+
+@pytest.mark.parametrize(
+    ("token", "encoded"),
+    [
+        ("a/b/", "a/b/"),
+        ("/", "/"),
+        ("//a//", "//a//"),
+        ("..", ".."),
+        ("a b", "a%20b"),
+        ("a", "%61"),
+    ],
+)
+def test_slashes_may_stand_in_the_path_as_they_are(service, token, encoded):
+    registered = service.register(token)
+    assert request(service, "GET", token, encoded).json["visitor"] == registered
+
+
+def test_a_literal_trailing_question_mark_is_harmless(service):
+    registered = service.register("a")
+    assert request(service, "GET", "a", "a?").json["visitor"] == registered
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
+@pytest.mark.parametrize(
+    "encoded", ["unknown", "%ff", "%ed%a0%80", "a%00", "%00", "a/", "A", "%20a"]
+)
+def test_an_unknown_token_is_refused(service, method, encoded):
+    service.register("a")
+    service.register("\ufffd")
+    before = service.content()
+    answer = request(service, method, "", encoded)
+    assert (answer.status_int, answer.text) == (400, "" if method == "HEAD" else UNKNOWN)
+    assert service.content() == before
+
+
+def test_an_empty_token_is_the_path_of_registrations(service):
+    answer = service.http.get(f"{PATH}/", expect_errors=True)
+    assert answer.status_int == 405
+    assert answer.headers["Allow"] == service.http.get(PATH, expect_errors=True).headers["Allow"]
+
+
+def test_a_content_type_and_a_body_are_never_looked_at(service):
+    service.register("a")
+    for method in ("GET", "DELETE"):
+        answer = service.http.request(
+            f"{PATH}/a", method=method, body=b"{", headers={"Content-Type": "x/y"}
+        )
+        assert answer.status_int == 200
+
+
+def test_an_erased_token_registers_anew_with_a_new_id_and_a_new_number(service):
+    before = service.register("a", name="N")
+    request(service, "DELETE", "a")
+    after = service.register("a")
+    assert after["_id"] != before["_id"]
+    assert (after["username"], "name" in after) == ("guest-3", False)
+
+
+# What is searched for in the bytes of the files; each is in a column of its own.
+SECRETS = {
+    "name": "NAME-secret",
+    "email": "email-secret@example.org",
+    "phone": "PHONE-secret",
+    "department": "DEPARTMENT-secret",
+    "username": "USERNAME-secret",
+    "customFields": [
+        {"key": "KEY-secret", "value": "VALUE-secret", "overwrite": True},
+        {"key": "LONG-secret", "value": "LONG-secret " * 300, "overwrite": True},
+    ],
+}
+
+
+def count(path, *words):
+    """Return how often `words` stand in database and WAL, seen by a process of its own."""
+    code = (
+        "import glob, sys; "
+        "data = b''.join(open(file, 'rb').read() for file in glob.glob(sys.argv[1] + '*')); "
+        "print(sum(data.lower().count(word.encode()) for word in sys.argv[2:]))"
+    )
+    command = [sys.executable, "-c", code, str(path), *words]
+    return int(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+@pytest.mark.parametrize("match", ["token", "token,phone,email"])
+def test_erased_data_is_gone_from_the_database_and_its_wal(make_service, tmp_path, match):
+    service = make_service(LIVECHAT_MATCH=match)
+    path = tmp_path / "livechat.db"
+    for number in range(20):
+        service.register(f"other-{number}", name=f"other-{number}")
+    service.register("TOKEN-secret", **SECRETS)
+    service.register("TOKEN-secret", name="RENAMED-secret")
+    assert count(path, "secret") > 10
+    assert request(service, "DELETE", "TOKEN-secret").status_int == 200
+    assert count(path, "secret") == 0
+    assert count(path, "other-") >= 40
+
+
+def test_no_copy_of_a_moved_row_stays_behind_in_the_file(make_service, tmp_path):
+    # secure_delete alone leaves such copies in pages that SQLite has built anew.
+    service = make_service(LIVECHAT_MATCH="token,phone,email")
+    store = storage.VisitorStore(service.database)
+    for number in range(600):
+        given = {"phone": f"{number * 7919 % 10007}", "email": f"{number * 104729 % 10007}@x"}
+        store.register(f"{number * 15485863 % 10007}-secret", given)
+    for number in range(0, 600, 2):
+        fields = [{"key": "k", "value": "v" * 700, "overwrite": True}]
+        store.register(f"{number * 15485863 % 10007}-secret", {"name": "N" * 50}, fields)
+    store.erase("0-secret")
+    service.database.close()
+    data = (tmp_path / "livechat.db").read_bytes()
+    pages = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+    assert len(pages) > 100
+    assert [number for number, page in enumerate(pages) if scrub(page) != page] == []
+    connection = apsw.Connection(str(tmp_path / "livechat.db"))
+    assert connection.pragma("integrity_check") == "ok"
+    connection.close()
+
+
+def test_an_erasure_while_another_program_reads_ends_with_the_first_write_after_it(
+    service, tmp_path
+):
+    path = tmp_path / "livechat.db"
+    service.register("TOKEN-secret", **SECRETS)
+    code = (
+        "import apsw, sys; connection = apsw.Connection(sys.argv[1]); "
+        "connection.execute('BEGIN'); connection.execute('SELECT * FROM visitor').fetchall(); "
+        "print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        reader.stdout.readline()
+        assert request(service, "DELETE", "TOKEN-secret").status_int == 200
+        assert request(service, "GET", "TOKEN-secret").status_int == 400
+        assert service.register("a")["username"] == "guest-2"
+        assert count(path, "secret") > 0  # the reader needs it
+        reader.communicate(b"\n")
+    # Another process writes next: that an erasure is due is not known to this one alone.
+    storing = (
+        "import storage, sys; storage.VisitorStore(storage.Database(sys.argv[1])).register('b', {})"
+    )
+    subprocess.run([sys.executable, "-c", storing, str(path)], check=True, cwd=ROOT)
+    assert count(path, "secret") == 0
+
+
+def test_replaced_values_are_gone_after_a_checkpoint(service, tmp_path):
+    service.register("a", name="NAME-secret")
+    service.register("a", name="N")
+    service.database.close()
+    assert count(tmp_path / "livechat.db", "secret") == 0
+
+
+def test_erasures_at_once_with_registrations_lose_nothing(server):
+    for number in range(20):
+        server.register(f"old-{number}")
+    with ThreadPoolExecutor(8) as pool:
+        erased = [
+            pool.submit(server.request, "DELETE", f"{PATH}/old-{number}") for number in range(20)
+        ]
+        made = [pool.submit(server.register, f"new-{number}") for number in range(40)]
+    assert [one.result()[0] for one in erased] == [200] * 20
+    assert [one.result()[0] for one in made] == [200] * 40
+    assert server.query("SELECT count(*) FROM visitor WHERE token LIKE 'new-%'") == [[40]]
+    assert server.query("SELECT count(*) FROM visitor") == [[40]]

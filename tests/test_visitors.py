@@ -1,0 +1,283 @@
+"""The read side, for the configured agent (contract, section 6)."""
+
+import json
+import urllib.parse
+
+import pytest
+
+INFO = "/api/v1/livechat/visitors.info"
+SEARCH = "/api/v1/livechat/visitors.search"
+AGENT = {"X-User-Id": "agent", "X-Auth-Token": "se:cret-é"}
+# What an HTTP client puts on the wire for it: bytes, which WSGI hands over as Latin-1.
+WIRE = {name: value.encode().decode("latin-1") for name, value in AGENT.items()}
+UNAUTHORIZED = (
+    '{"success":false,"error":"You must be logged in to do this.","status":"error",'
+    '"message":"You must be logged in to do this."}'
+)
+
+
+@pytest.fixture
+def service(make_service):
+    return make_service(LIVECHAT_AGENT="agent:se:cret-é")
+
+
+def ask(service, path, query, headers=WIRE):
+    return service.http.request(f"{path}?{query}", headers=headers, expect_errors=True)
+
+
+def search(service, **query):
+    parts = [f"{key}={quote(value)}" for key, value in query.items()]
+    answer = ask(service, SEARCH, "&".join(parts))
+    assert answer.status_int == 200, answer.text
+    return answer.json
+
+
+def quote(value):
+    return urllib.parse.quote(value if isinstance(value, str) else json.dumps(value), safe="")
+
+
+@pytest.mark.parametrize("path", [INFO, SEARCH])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-User-Id": "agent"},
+        {"X-Auth-Token": WIRE["X-Auth-Token"]},
+        WIRE | {"X-User-Id": "Agent"},
+        WIRE | {"X-Auth-Token": "se:cret"},
+        WIRE | {"X-Auth-Token": WIRE["X-Auth-Token"] + "x"},
+        WIRE | {"X-Auth-Token": "\xff"},
+        {"X-User-Id": "", "X-Auth-Token": ""},
+    ],
+)
+def test_both_headers_have_to_match_before_anything_else_is_looked_at(service, path, headers):
+    answer = ask(service, path, "nonsense=1", headers)
+    assert (answer.status_int, answer.text) == (401, UNAUTHORIZED)
+
+
+@pytest.mark.parametrize("path", [INFO, SEARCH])
+@pytest.mark.parametrize("headers", [{}, {"X-User-Id": "", "X-Auth-Token": ""}, AGENT | WIRE])
+def test_without_a_configured_agent_nobody_reads(make_service, path, headers):
+    answer = ask(make_service(), path, "term=&visitorId=", headers)
+    assert (answer.status_int, answer.text) == (401, UNAUTHORIZED)
+
+
+def test_a_visitor_is_read_by_id_without_the_token(service):
+    registered = service.register("secret", name="N", department="d")
+    answer = ask(service, INFO, f"visitorId={registered['_id']}")
+    del registered["token"]
+    assert answer.json == {"visitor": registered, "success": True}
+    assert list(answer.json["visitor"]) == list(registered)
+
+
+def refusal(error, error_type="invalid-params"):
+    return f'{{"success":false,"error":"{error}","errorType":"{error_type}"}}'
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("", "must have required property 'visitorId' [invalid-params]"),
+        ("other=1", "must have required property 'visitorId' [invalid-params]"),
+        ("visitorId=x&other=1", "must NOT have additional properties [invalid-params]"),
+        ("visitorId=x&visitorId=y", "must be string [invalid-params]"),
+    ],
+)
+def test_the_parameters_of_info_are_checked(service, query, error):
+    answer = ask(service, INFO, query)
+    assert (answer.status_int, answer.text) == (400, refusal(error))
+
+
+@pytest.mark.parametrize("id_", ["unknown", "", "%ff", "%00"])
+def test_an_unknown_id_is_not_found(service, id_):
+    answer = ask(service, INFO, f"visitorId={id_}")
+    assert (answer.status_int, answer.text) == (
+        400,
+        refusal("visitor-not-found", "visitor-not-found"),
+    )
+
+
+BAD_NUMBERS = ["", "x", "1x", "0x10", "NaN", "Infinity", "1_0", "true", "null", "%5B%5D", "%2B1"]
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("", "must have required property 'term'"),
+        ("count=x&other=1", "must have required property 'term'"),
+        ("term=&other=1&count=x", "must NOT have additional properties"),
+        *[
+            (f"term=&{key}={value}", "must be number")
+            for key in ("count", "offset")
+            for value in BAD_NUMBERS
+        ],
+        ("term=&count=-1", "must be >= 0"),
+        ("term=&offset=-1", "must be >= 0"),
+        ("term=&offset=-0.5", "must be >= 0"),
+        ("term=&offset=x&count=-1", "must be >= 0"),
+        ("term=&count=1&count=2", "must be number"),
+        ("term=a&term=b", "must be string"),
+        ("sort=x&term=&count=x", "must be number"),
+    ],
+)
+def test_the_parameters_of_search_are_checked(service, query, error):
+    answer = ask(service, SEARCH, query)
+    assert (answer.status_int, answer.text) == (400, refusal(f"{error} [invalid-params]"))
+
+
+@pytest.mark.parametrize(
+    "sort",
+    [
+        "name",
+        "1",
+        "[]",
+        "null",
+        '"name"',
+        '{"token":1}',
+        '{"name":2}',
+        '{"name":0}',
+        '{"name":"1"}',
+        '{"name":true}',
+        '{"name":null}',
+        '{"name":1,"x":1}',
+        '{"name":NaN}',
+        '{"name; DROP TABLE visitor":1}',
+        "é" * 100,
+        "[" * 5000,
+    ],
+)
+def test_a_bad_sort_is_quoted_up_to_64_characters(service, sort):
+    answer = ask(service, SEARCH, f"term=&sort={quote(sort)}")
+    assert answer.status_int == 400
+    quoted = json.dumps(
+        f'Invalid sort parameter provided: "{sort[:64]}" [error-invalid-sort]', ensure_ascii=False
+    )
+    assert answer.text == (
+        f'{{"success":false,"error":{quoted},"errorType":"error-invalid-sort",'
+        '"details":{"helperMethod":"parseJsonQuery"}}'
+    )
+
+
+def names(found):
+    return [visitor.get("name") for visitor in found["visitors"]]
+
+
+@pytest.fixture
+def people(service):
+    service.register(
+        "t1", name="Émile Zola", email="emile@example.org", phone="+33 1", username="ez"
+    )
+    service.now += 1
+    service.register("t2", name="100% _sure_", email="sure@example.org", phone="+33 12")
+    service.now += 1
+    fields = [{"key": "city", "value": 'Straße "x" O\'Neil \\', "overwrite": True}]
+    service.register("t3", name="Bob", customFields=fields, department="Émile")
+    service.register("t4")
+    return service
+
+
+@pytest.mark.parametrize(
+    ("term", "found"),
+    [
+        ("", [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ("ÉMILE", ["Émile Zola"]),
+        ("émile z", ["Émile Zola"]),
+        ("EZ", ["Émile Zola"]),
+        ("guest-", [None, "Bob", "100% _sure_"]),
+        ("emile@example.org", ["Émile Zola"]),
+        ("EMILE@Example.org", ["Émile Zola"]),
+        ("emile@", []),
+        ("+33 1", ["Émile Zola"]),
+        ("+33 12", ["100% _sure_"]),
+        ("33", []),
+        ("%", ["100% _sure_"]),
+        ("_", ["100% _sure_"]),
+        ("0%", ["100% _sure_"]),
+        ('"X"', ["Bob"]),
+        ("o'neil \\", ["Bob"]),
+        ("STRASSE", ["Bob"]),
+        ("city", []),
+        ("t1", []),
+        ("Bobguest", []),
+        ("\0", []),
+        ("bob\0", []),
+        (" ", ["Bob", "100% _sure_", "Émile Zola"]),
+        ("' OR 1=1 --", []),
+    ],
+)
+def test_a_term_is_a_whole_email_or_phone_or_a_part_of_a_text(people, term, found):
+    answer = search(people, term=term)
+    assert names(answer) == found
+    assert answer["total"] == answer["count"] == len(found)
+
+
+def test_an_answer_has_the_contracts_keys_in_their_order(people):
+    answer = ask(people, SEARCH, f"term={quote('Émile')}&count=1")
+    id_ = answer.json["visitors"][0]["_id"]
+    assert answer.text == (
+        '{"visitors":[{"_id":"' + id_ + '","username":"ez","name":"Émile Zola",'
+        '"phone":[{"phoneNumber":"+33 1"}],"visitorEmails":[{"address":"emile@example.org"}]}],'
+        '"count":1,"offset":0,"total":1,"success":true}'
+    )
+    (bob,) = search(people, term="bob")["visitors"]
+    assert list(bob) == ["_id", "username", "name", "livechatData"]
+
+
+@pytest.mark.parametrize(
+    ("sort", "found"),
+    [
+        ({"name": 1}, [None, "100% _sure_", "Bob", "Émile Zola"]),
+        ({"name": -1}, ["Émile Zola", "Bob", "100% _sure_", None]),
+        ({"username": 1}, ["Émile Zola", "100% _sure_", "Bob", None]),
+        ({"ts": 1}, ["Émile Zola", "100% _sure_", None, "Bob"]),
+        ({"ts": -1, "name": 1}, [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ({"_updatedAt": -1}, [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ({"name": 1.0}, [None, "100% _sure_", "Bob", "Émile Zola"]),
+        ({}, [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ("", [None, "Bob", "100% _sure_", "Émile Zola"]),
+    ],
+)
+def test_a_page_is_sorted_and_of_equals_the_later_created_comes_first(people, sort, found):
+    assert names(search(people, term="", sort=sort)) == found
+
+
+def test_pages_of_50_unless_asked_of_100_at_most(service):
+    for number in range(120):
+        service.register(f"t{number}", name=f"{number}")
+    newest = [f"{number}" for number in reversed(range(120))]
+    for query, start, length in [
+        ({}, 0, 50),
+        ({"count": "0"}, 0, 50),
+        ({"count": "0.9"}, 0, 50),
+        ({"count": "7"}, 0, 7),
+        ({"count": "7.9"}, 0, 7),
+        ({"count": "100"}, 0, 100),
+        ({"count": "1000"}, 0, 100),
+        ({"count": "1e999"}, 0, 100),
+        ({"count": "100", "offset": "50"}, 50, 70),
+        ({"offset": "119"}, 119, 1),
+        ({"offset": "120"}, 120, 0),
+    ]:
+        answer = search(service, term="", **query)
+        assert names(answer) == newest[start : start + length]
+        assert (answer["count"], answer["offset"], answer["total"]) == (length, start, 120)
+    for offset in ("1e999", "9" * 30, "1e18"):
+        assert search(service, term="", offset=offset)["visitors"] == []
+
+
+def test_a_search_follows_what_is_written(people):
+    people.register("t3", name="Robert")
+    people.post(
+        {"token": "t3", "key": "city", "value": "Oslo", "overwrite": True},
+        path="/api/v1/livechat/custom.field",
+    )
+    assert names(search(people, term="bob")) == []
+    assert names(search(people, term="strasse")) == []
+    assert names(search(people, term="oslo")) == names(search(people, term="ROBERT")) == ["Robert"]
+    people.http.delete("/api/v1/livechat/visitor/t3")
+    assert names(search(people, term="oslo")) == []
+
+
+@pytest.mark.parametrize("path", [INFO, SEARCH])
+def test_other_methods_are_not_allowed(service, path):
+    assert service.post({}, path=path).status_int == 405
