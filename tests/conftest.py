@@ -8,9 +8,22 @@ from webtest import TestApp
 import storage
 from app import create_app
 from settings import Settings
+from tests import openapi
 from tests.server import Server
 
 PATH = "/api/v1/livechat/visitor"
+
+
+class CheckedApp(TestApp):
+    """Holds every answer against the OpenAPI document."""
+
+    def do_request(self, req, status=None, expect_errors=None):
+        answer = super().do_request(req, status, expect_errors)
+        if req.method in ("GET", "HEAD", "POST", "DELETE"):
+            body = None if req.method == "HEAD" else answer.json
+            path = req.environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
+            openapi.check(req.method, path, answer.status_int, answer.headers, body)
+        return answer
 
 
 class Service:
@@ -24,7 +37,7 @@ class Service:
         store = storage.VisitorStore(
             self.database, settings.match, settings.custom_fields, clock=lambda: self.now
         )
-        self.http = TestApp(create_app(store, settings))
+        self.http = CheckedApp(create_app(store, settings))
 
     def post(self, body, path=PATH, content_type="application/json", **headers):
         """Send `body`, bytes as they are and all else as JSON; return the answer, whatever it is."""

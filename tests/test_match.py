@@ -1,7 +1,5 @@
 """Which visitor a registration meets (contract, 2.3), in the four forms of LIVECHAT_MATCH."""
 
-from itertools import count
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 import storage
 from app import create_app
 from settings import MATCH_FORMS, Settings
+from storage.visitors import random_id
 from tests.conftest import Service
 
 PHONE_FORMS = ["token,phone", "token,phone,email"]
@@ -179,7 +178,6 @@ def test_the_service_agrees_with_a_plain_model_on_every_answer(form_and_service,
     service.database.write(
         lambda connection: connection.execute("DELETE FROM visitor; UPDATE guest SET last = 1").get
     )
-    ids = (f"id-{number}" for number in count())
     id_of_now = []
     match = Settings.from_environ({"LIVECHAT_MATCH": form}).match
     store = storage.VisitorStore(
@@ -189,7 +187,7 @@ def test_the_service_agrees_with_a_plain_model_on_every_answer(form_and_service,
     model = Model(form)
     for sent, now in sequence:
         service.now = now
-        id_of_now.append(next(ids))
+        id_of_now.append(random_id())
         expected = model.register(sent, now, id_of_now[-1])
         answer = service.post({"visitor": sent})
         if isinstance(expected, str):

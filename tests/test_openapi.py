@@ -1,0 +1,129 @@
+"""GET /api/openapi.json (contract, section 7): a description that cannot lie.
+
+Every answer that any test gets through WebTest is held against it too (tests/conftest.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+import pytest
+
+import app
+import schemas
+from settings import Settings
+from tests import openapi
+from tests.server import ROOT
+
+AGENT = {"X-User-Id": "agent", "X-Auth-Token": "secret"}
+OPERATIONS = list(openapi.operations())
+
+
+@pytest.fixture
+def service(make_service):
+    return make_service(LIVECHAT_AGENT="agent:secret")
+
+
+def test_the_routes_and_the_described_paths_are_the_same(service):
+    described = {
+        path: {method for other, method, _ in OPERATIONS if other == path}
+        for path in openapi.DOCUMENT["paths"]
+    }
+    served = {
+        app.template(route): {
+            method for method in openapi.METHODS if hasattr(resource, f"on_{method}")
+        }
+        for route, resource in app.routes(None, Settings()).items()
+    }
+    assert described == served
+    assert service.http.get("/api/openapi.json").json == openapi.DOCUMENT
+
+
+def test_request_bodies_are_the_schema_files_themselves():
+    names = {
+        operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for _, _, operation in OPERATIONS
+        if "requestBody" in operation
+    }
+    assert names == {"visitor", "visitor.status", "custom.field", "custom.fields"}
+    for name in names:
+        assert openapi.DOCUMENT["components"]["schemas"][name] == schemas.load(name)
+
+
+@pytest.mark.parametrize("name", ["visitors.info", "visitors.search"])
+def test_query_parameters_are_those_of_the_schema_files(name):
+    operation = openapi.DOCUMENT["paths"][f"/api/v1/livechat/{name}"]["get"]
+    schema = schemas.load(name)
+    described = {parameter["name"]: parameter for parameter in operation["parameters"]}
+    assert set(described) == set(schema["properties"])
+    assert [key for key, one in described.items() if one.get("required")] == schema["required"]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "operation"), OPERATIONS, ids=[f"{m} {p}" for p, m, _ in OPERATIONS]
+)
+def test_every_example_is_sent_and_answered_as_described(service, path, method, operation):
+    token = "867ad6a09fc4af29f6f1f2a9cf1deaba"
+    known = service.register(token, name="John Doe")
+    bodies = [None]
+    if "requestBody" in operation:
+        content = operation["requestBody"]["content"]["application/json"]
+        bodies = [example["value"] for example in content["examples"].values()]
+    item = openapi.DOCUMENT["paths"][path]
+    values = {}
+    for parameter in item.get("parameters", []) + operation.get("parameters", []):
+        content = parameter.get("content", {}).get("application/json")
+        examples = (content or parameter)["examples"]
+        values[parameter["name"]] = [
+            json.dumps(one["value"]) if content else one["value"] for one in examples.values()
+        ]
+    if "visitorId" in values:
+        values["visitorId"] = [known["_id"]]  # the example's is not in this database
+    query = {name: found[0] for name, found in values.items() if name != "token"}
+    url = path.replace("{token}", quote(token)) + (f"?{urlencode(query)}" if query else "")
+    for body in bodies:
+        if body is None:
+            answer = service.http.request(url, method=method.upper(), headers=AGENT)
+        else:
+            answer = service.post(body, path=url)
+        assert answer.status_int == 200
+        openapi.check(method.upper(), path, 200, answer.headers, answer.json)
+
+
+def test_every_example_of_an_answer_is_as_described():
+    seen = 0
+    for _, _, operation in OPERATIONS:
+        for response in operation["responses"].values():
+            content = openapi.resolve(response)["content"]["application/json"]
+            for example in content.get("examples", {}).values():
+                openapi.validator(content["schema"]).validate(example["value"])
+                seen += 1
+    assert seen > 50
+
+
+def test_schemathesis_finds_nothing(make_server, tmp_path):
+    server = make_server(LIVECHAT_AGENT="agent:secret").wait()
+    command = [
+        str(Path(sys.executable).parent / "schemathesis"),
+        f"--config-file={ROOT / 'tests' / 'schemathesis.toml'}",
+        "run",
+        f"http://127.0.0.1:{server.port}/api/openapi.json",
+        "--checks=all",
+        "--max-examples=10",
+        "--seed=1",
+        "--no-color",
+        *[f"--header={name}: {value}" for name, value in AGENT.items()],
+    ]
+    ran = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert "13 selected / 13 total" in ran.stdout
+    assert " 500 " not in server.log()
