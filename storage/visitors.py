@@ -149,18 +149,27 @@ class VisitorStore:
         `term` is a whole email or phone, or a part of name, username or a custom field's value;
         "" is everybody. `sort` maps keys of `SORTABLE` to 1 or -1; the newest come first.
         """
-        order = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
-        order.append("number DESC")
+        keys = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
+        order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
         where = "email = :email OR phone = :phone OR instr(search, :part)" if term else "true"
-        sql = f"SELECT number FROM visitor WHERE {where} ORDER BY {', '.join(order)}"
-        wanted = {"email": term.lower(), "phone": term, "part": term.casefold()}
+        # Numbers alone are sorted, as whole rows would be copied about.
+        numbers = f"SELECT number FROM visitor WHERE {where} {order} LIMIT :count OFFSET :offset"
+        page = f"{_SELECT} WHERE number IN ({numbers}) {order}"
+        wanted = {
+            "email": term.lower(),
+            "phone": term,
+            "part": term.casefold(),
+            "count": count,
+            "offset": offset,
+        }
 
         def work(connection: apsw.Connection) -> tuple[list[dict[str, Any]], int]:
-            if "\0" in term:  # which parts the columns of `search`, and no visitor holds
+            if "\0" in term:  # which parts the texts in `search`, and no visitor holds
                 return [], 0
-            numbers = [number for (number,) in connection.execute(sql, wanted)]
-            page = [_one(connection, "number", n) for n in numbers[offset : offset + count]]
-            return [_found(_wire(visitor)) for visitor in page], len(numbers)
+            sql = f"SELECT count(*) FROM visitor WHERE {where}"
+            total = connection.execute(sql, wanted).get
+            found = [_found(_visitor(row)) for row in connection.execute(page, wanted)]
+            return found, total
 
         return self._database.read(work)
 
@@ -231,6 +240,10 @@ def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str
     row = connection.execute(sql, (value,)).fetchone()
     if row is None:
         raise VisitorNotFound
+    return _visitor(row)
+
+
+def _visitor(row: Iterable[Any]) -> dict[str, Any]:
     visitor = dict(zip(_COLUMNS, row, strict=True))
     return visitor | {"fields": json.loads(visitor["fields"])}
 
@@ -260,8 +273,9 @@ def _wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a search answers of a visitor."""
+    wire = _wire(visitor)
     keys = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")
-    return {key: visitor[key] for key in keys if key in visitor}
+    return {key: wire[key] for key in keys if key in wire}
 
 
 def _date(ms: int) -> str:
