@@ -110,7 +110,7 @@ class _Scrubber(apsw.VFS):
 
 class _ScrubbedFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 # SQLite's name
-        # The header alone is written too, when a database is made.
+        # SQLite writes whole pages, of 512 bytes at least; whatever else this was, it is left alone.
         super().xWrite(scrub(data) if len(data) >= 512 else data, offset)
 
 

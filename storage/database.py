@@ -71,10 +71,10 @@ class Database:
         deadline = time.monotonic() + TIMEOUT
         with self._writer.held(deadline) as connection, turn(self._path, deadline) as lock:
             connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
-            if erases:
-                os.ftruncate(lock, 1)  # before the commit, so that no crash forgets it
             with transaction(connection):
                 result = work(connection)
+                if erases:
+                    os.ftruncate(lock, 1)  # before the commit, so that no crash forgets it
             try:
                 if os.fstat(lock).st_size:
                     self._erase(lock, deadline)

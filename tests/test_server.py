@@ -160,11 +160,14 @@ def test_the_log_has_a_line_a_request_and_nothing_of_the_client(make_server, arg
 def test_the_start_says_which_database_it_opened(make_server):
     server = make_server().wait()
     assert f"new database at {server.database}\n" in server.log()
+    assert "LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401" in server.log()
     for token in "abc":
         server.register(token)
     assert server.stop() == 0
-    server = make_server().wait()
+    server = make_server(LIVECHAT_AGENT="agent:secret").wait()
     assert f"opened {server.database} (3 visitors)\n" in server.log()
+    assert "LIVECHAT_AGENT" not in server.log()
+    assert "secret" not in server.log()
 
 
 def test_after_an_orderly_stop_the_database_file_alone_holds_every_visitor(make_server):

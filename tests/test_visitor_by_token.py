@@ -213,6 +213,11 @@ def test_an_erasure_while_another_program_reads_ends_with_the_first_write_after_
     assert count(path, "secret") == 0
 
 
+def test_an_unknown_token_makes_no_erasure_due(service, tmp_path):
+    request(service, "DELETE", "unknown")
+    assert (tmp_path / "livechat.db-lock").stat().st_size == 0
+
+
 def test_replaced_values_are_gone_after_a_checkpoint(service, tmp_path):
     service.register("a", name="NAME-secret")
     service.register("a", name="N")
