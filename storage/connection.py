@@ -110,7 +110,7 @@ class _Scrubber(apsw.VFS):
 
 class _ScrubbedFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 # SQLite's name
-        # SQLite writes whole pages, of 512 bytes at least; whatever else this was, it is left alone.
+        # SQLite writes whole pages, of 512 bytes at least; anything smaller is none.
         super().xWrite(scrub(data) if len(data) >= 512 else data, offset)
 
 

@@ -63,12 +63,15 @@ def _check_sqlite(version: str) -> None:
 
 def _is_new(connection: apsw.Connection, path: str) -> bool:
     """Return whether the file is still empty; raise `PrepareError` where it is not ours."""
-    application = connection.pragma("application_id")
-    if not application and not connection.execute("SELECT count(*) FROM sqlite_schema").get:
+    with transaction(connection, "DEFERRED"):  # one state, as another process may be making it
+        application = connection.pragma("application_id")
+        version = connection.pragma("user_version")
+        tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
+    if not application and not tables:
         return True
     if application != APPLICATION_ID:
         raise PrepareError(f"{path}: the database of another application")
-    if connection.pragma("user_version") > VERSION:
+    if version > VERSION:
         raise PrepareError(f"{path}: written by a newer version of this service")
     return False
 
