@@ -34,15 +34,24 @@ class Settings:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read `environ`; raise `SettingError` for a value that cannot be meant."""
+
+        def read(name: str, default: str = "") -> str:
+            value = environ.get(name, default)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise SettingError(f"{name}: not UTF-8") from None
+            return value
+
         return cls(
-            bind=_bind(environ.get("LIVECHAT_HOST", ""), environ.get("PORT", "")),
-            workers=environ.get("WEB_CONCURRENCY") or cls.workers,
-            database=_database(environ.get("LIVECHAT_DB", cls.database)),
-            match=_match(environ.get("LIVECHAT_MATCH") or "token"),
-            departments=_departments(environ.get("LIVECHAT_DEPARTMENTS", "")),
-            custom_fields=frozenset(_items(environ.get("LIVECHAT_CUSTOM_FIELDS", ""))),
-            agent=_agent(environ.get("LIVECHAT_AGENT", "")),
-            cors_origins=_origins(environ.get("LIVECHAT_CORS_ORIGINS") or "*"),
+            bind=_bind(read("LIVECHAT_HOST"), read("PORT")),
+            workers=_workers(read("WEB_CONCURRENCY") or cls.workers),
+            database=_database(read("LIVECHAT_DB", cls.database)),
+            match=_match(read("LIVECHAT_MATCH") or "token"),
+            departments=_departments(read("LIVECHAT_DEPARTMENTS")),
+            custom_fields=frozenset(_items(read("LIVECHAT_CUSTOM_FIELDS"))),
+            agent=_agent(read("LIVECHAT_AGENT")),
+            cors_origins=_origins(read("LIVECHAT_CORS_ORIGINS") or "*"),
         )
 
 
@@ -56,6 +65,12 @@ def _bind(host: str, port: str) -> str:
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     return f"{host}:{port or 3000}"
+
+
+def _workers(value: str) -> str:
+    if value.strip() == "0":  # which gunicorn takes, and then never answers
+        raise SettingError("WEB_CONCURRENCY: 0 workers would answer nobody")
+    return value
 
 
 def _database(path: str) -> str:
@@ -100,7 +115,7 @@ def _origins(value: str) -> str | tuple[str, ...]:
     if origins == ("*",):
         return "*"
     for origin in origins:
-        if not re.fullmatch("[a-z][a-z0-9+.-]*://[^/?#@*]+", origin):
+        if not re.fullmatch("[a-z][a-z0-9+.-]*://[^/?#@*\\s]+", origin):
             raise SettingError(
                 f"LIVECHAT_CORS_ORIGINS: {origin!r} is no origin such as https://example.org"
             )

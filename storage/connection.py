@@ -110,8 +110,11 @@ class _Scrubber(apsw.VFS):
 
 class _ScrubbedFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 # SQLite's name
-        # SQLite writes whole pages, of 512 bytes at least; anything smaller is none.
-        super().xWrite(scrub(data) if len(data) >= 512 else data, offset)
+        # SQLite writes whole pages, of 512 bytes at least; anything smaller is none. From 2**25
+        # pages on, the number that begins an overflow page could be taken for a kind of tree page.
+        if len(data) >= 512 and super().xFileSize() < 2**25 * len(data):
+            data = scrub(data)
+        super().xWrite(data, offset)
 
 
 @cache

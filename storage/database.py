@@ -14,8 +14,11 @@ import apsw
 
 from storage.connection import APPLICATION_ID, FAULTS, TIMEOUT, configure, connect, transaction
 
-READERS = 100  # milliseconds that an erasure waits for readers; the service's own are shorter
-CHECKPOINT = 1000  # pages in the WAL that are worth a checkpoint, SQLite's own number
+CHECKPOINT = 1000  # pages that the WAL grows by from one checkpoint to the next
+CROWDED = 4000  # pages in the WAL for which a checkpoint waits until the readers let it restart
+# Milliseconds that a checkpoint waits for readers: so long that our own searches end meanwhile,
+# and so short for what has failed before that another program's reader does not hold up writers.
+WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2000, 500, 100
 
 T = TypeVar("T")
 
@@ -59,6 +62,7 @@ class Database:
         self._writer = _Access(path)
         self._reader = _Access(path)
         self._checkpointer = _Access(path, checkpoints=True)
+        self._checkpointed = 0  # pages in the WAL at the last checkpoint
 
     def write(self, work: Callable[[apsw.Connection], T], erases: bool = False) -> T:
         """Run `work` in a transaction of its own and return what it returns, which is no cursor.
@@ -77,9 +81,9 @@ class Database:
                     os.ftruncate(lock, 1)  # before the commit, so that no crash forgets it
             try:
                 if os.fstat(lock).st_size:
-                    self._erase(lock, deadline)
-                elif self._writer.wal_pages >= CHECKPOINT:
-                    self._checkpoint("PASSIVE", deadline)
+                    self._erase(lock, WAIT_ERASE if erases else WAIT_AGAIN)
+                else:
+                    self._keep_short()
             except Unavailable:
                 if erases:  # the change is on the disk, and the next write tries this again
                     raise
@@ -103,19 +107,29 @@ class Database:
         for access in (self._writer, self._reader, self._checkpointer):
             access.close()
 
-    def _erase(self, lock: int, deadline: float) -> None:
+    def _erase(self, lock: int, wait: int) -> None:
         """Cut the WAL to nothing: what was erased is gone then.
 
         Where another program reads an older state this cannot be; then the lock file keeps its
         one byte, by which whoever writes next knows that it is still to be done.
         """
-        if self._checkpoint("TRUNCATE", deadline):
+        if self._checkpoint("TRUNCATE", wait):
             os.ftruncate(lock, 0)
 
-    def _checkpoint(self, mode: str, deadline: float) -> bool:
+    def _keep_short(self) -> None:
+        """Checkpoint each time that the WAL has grown by so much."""
+        pages = self._writer.wal_pages
+        if pages < self._checkpointed:
+            self._checkpointed = 0  # the WAL has begun anew
+        if pages - self._checkpointed >= CHECKPOINT:
+            self._checkpointed = pages
+            # One that does not wait never ends where one reader follows the other.
+            self._checkpoint("PASSIVE" if pages < CROWDED else "RESTART", WAIT_RESTART)
+
+    def _checkpoint(self, mode: str, wait: int) -> bool:
         """Move the WAL into the database file; return whether all of it went."""
-        with self._checkpointer.held(deadline) as connection:
-            connection.set_busy_timeout(READERS)
+        with self._checkpointer.held(time.monotonic() + TIMEOUT) as connection:
+            connection.set_busy_timeout(wait)
             busy, pages, moved = connection.pragma("wal_checkpoint", mode)
             return not busy and pages == moved
 
@@ -130,6 +144,7 @@ class _Access:
         self._checkpoints = checkpoints
         self._free = threading.Lock()
         self._connection: apsw.Connection | None = None
+        self._file: tuple[int, int] | None = None
 
     @contextmanager
     def held(self, deadline: float) -> Generator[apsw.Connection]:
@@ -137,7 +152,10 @@ class _Access:
         if not self._free.acquire(timeout=max(0, deadline - time.monotonic())):
             raise Unavailable("BusyError: the threads' queue")
         try:
+            if self._connection is not None and self._file != _identity(self._path):
+                self.close()  # the file was moved or replaced: what is written there is lost
             if self._connection is None:
+                self._file = _identity(self._path)
                 self._connection = self._open()
             yield self._connection
         except FAULTS as fault:
@@ -168,3 +186,9 @@ class _Access:
     def _count(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
         self.wal_pages = pages
         return apsw.SQLITE_OK
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Return which file stands at `path`; raise OSError where none does."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

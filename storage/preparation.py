@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Collection
+from contextlib import closing
 from importlib.resources import files
 
 import apsw
@@ -29,19 +31,17 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
     _check_sqlite(apsw.sqlite_lib_version())
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = connect(path, checkpoints=True)
-        try:
+        _make_file(path)
+        with closing(connect(path)) as connection:
             _is_new(connection, path)  # what is not ours is refused before anything is touched
-            with turn(path, time.monotonic() + TIMEOUT):
-                new = _is_new(connection, path)
-                os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
-                configure(connection)
-                with transaction(connection):
-                    _migrate(connection, new, indexed)
-                return new, connection.execute("SELECT count(*) FROM visitor").get
-        finally:
-            connection.close()
+        deadline = time.monotonic() + TIMEOUT
+        with turn(path, deadline), closing(connect(path, checkpoints=True)) as connection:
+            new = _is_new(connection, path)
+            os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
+            configure(connection)
+            with transaction(connection):
+                _migrate(connection, new, indexed)
+            return new, connection.execute("SELECT count(*) FROM visitor").get
     except apsw.NotADBError:
         raise PrepareError(f"{path}: not a SQLite database") from None
     except IsADirectoryError:
@@ -53,6 +53,15 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
     except (*FAULTS, apsw.SQLError) as fault:
         reason = getattr(fault, "strerror", None) or fault
         raise PrepareError(f"{path}: cannot be used: {reason}") from None
+
+
+def _make_file(path: str) -> None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise PrepareError(f"{path}: not a regular file")
+    finally:
+        os.close(file)
 
 
 def _check_sqlite(version: str) -> None:

@@ -100,6 +100,8 @@ def test_several_fields_are_answered_in_their_order_with_a_capital_key(service):
             "must NOT have more than 4096 characters",
         ),
         (ONE, {"token": "t" * 257, **FIELD, "key": ""}, "must NOT have more than 256 characters"),
+        (ONE, {"token": "\0", **FIELD}, "must NOT contain NUL characters"),
+        (MANY, {"token": "\0", "customFields": [FIELD]}, "must NOT contain NUL characters"),
         (ONE, {"token": "t", **FIELD, "key": "\0"}, "must NOT contain NUL characters"),
         (ONE, {"token": "t", **FIELD, "value": "\0"}, "must NOT contain NUL characters"),
         (MANY, {"token": "t"}, "must have required property 'customFields'"),

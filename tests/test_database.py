@@ -115,6 +115,27 @@ def test_a_folder_is_refused(tmp_path):
     assert refused(str(tmp_path)) == f"{tmp_path}: a folder, not a file"
 
 
+def test_what_is_no_regular_file_is_refused_and_left_alone(tmp_path):
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path, 0o644)
+    mode = os.stat(path).st_mode
+    assert refused(path) == f"{path}: not a regular file"
+    assert os.stat(path).st_mode == mode
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_another_applications_wal_is_left_alone(path):
+    code = (
+        "import apsw, os, sys; connection = apsw.Connection(sys.argv[1]); "
+        "connection.pragma('journal_mode', 'wal'); connection.execute('CREATE TABLE t (x)'); "
+        "os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    before = [os.stat(path + suffix).st_size for suffix in ("", "-wal")]
+    assert refused(path) == f"{path}: the database of another application"
+    assert [os.stat(path + suffix).st_size for suffix in ("", "-wal")] == before
+
+
 def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
     with open(path, "w") as file:
         file.write("something else\n" * 100)
@@ -171,11 +192,61 @@ def test_a_database_that_vanished_is_never_made_anew_empty(database, path):
     for suffix in ("", "-wal", "-shm"):
         if os.path.exists(path + suffix):
             os.unlink(path + suffix)
-    with pytest.raises(storage.Unavailable, match="CantOpenError"):
+    with pytest.raises(storage.Unavailable, match="FileNotFoundError"):
         database.read(count)
     open(path, "w").close()
     with pytest.raises(storage.Unavailable, match="is not the database that the start prepared"):
         database.read(count)
+
+
+@pytest.mark.parametrize("also", [(), ("-wal", "-shm")])
+def test_a_database_that_is_removed_while_it_is_open_is_a_fault_and_no_200(database, path, also):
+    store(database).register("a", {})
+    assert database.read(count) == 1
+    for suffix in ("", *also):
+        os.rename(path + suffix, path + suffix + ".away")
+    for use in (lambda: store(database).register("b", {}), lambda: database.read(count)):
+        with pytest.raises(storage.Unavailable, match="FileNotFoundError"):
+            use()
+    for suffix in ("", *also):
+        os.rename(path + suffix + ".away", path + suffix)
+    assert store(database).register("c", {})["username"] == "guest-3"
+    assert database.read(count) == 2
+
+
+def test_a_database_that_was_replaced_is_the_one_that_is_used(database, path, tmp_path):
+    store(database).register("a", {})
+    database.read(count)
+    other = str(tmp_path / "other.db")
+    storage.prepare(other)
+    os.rename(path, f"{path}.old")
+    os.unlink(f"{path}-wal")
+    os.unlink(f"{path}-shm")
+    os.rename(other, path)
+    assert database.read(count) == 0
+    assert store(database).register("b", {})["username"] == "guest-2"
+    database.close()
+    assert storage.prepare(path) == (False, 1)
+
+
+def test_the_wal_stays_short_also_where_one_reader_follows_the_other(database, path):
+    code = (
+        "import storage, sys; database = storage.Database(sys.argv[1]); print(flush=True); "
+        "[database.read(lambda connection: connection.execute('SELECT count(*) FROM visitor, (VALUES (1), (2), (3))').get) for _ in iter(int, 1)]"
+    )
+    command = [sys.executable, "-c", code, path]
+    reading = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    try:
+        for process in reading:
+            process.stdout.readline()
+        visitors = store(database)
+        for number in range(3000):
+            visitors.register(f"t{number}", {})
+            assert os.stat(f"{path}-wal").st_size < 8000 * 4120
+    finally:
+        for process in reading:
+            with process:
+                process.kill()
 
 
 def test_work_that_raises_changes_nothing_and_the_next_one_goes_well(database):

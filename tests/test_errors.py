@@ -122,7 +122,7 @@ def test_a_database_that_cannot_be_used_is_a_503_and_recovers_by_itself(service,
         ' [error-database-unavailable]","errorType":"error-database-unavailable"}',
     )
     assert answer.headers["Retry-After"] == "5"
-    assert "The visitor database is unavailable: CantOpenError" in caplog.text
+    assert "The visitor database is unavailable: FileNotFoundError" in caplog.text
     assert "secret" not in caplog.text
     assert not (tmp_path / "livechat.db").exists()  # never a silent empty one
     (tmp_path / "elsewhere").rename(tmp_path / "livechat.db")

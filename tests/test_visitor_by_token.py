@@ -141,6 +141,9 @@ SECRETS = {
 }
 
 
+SERIES = "(WITH RECURSIVE n(value) AS (VALUES (1) UNION ALL SELECT value + 1 FROM n LIMIT 30000) SELECT value FROM n)"
+
+
 def count(path, *words):
     """Return how often `words` stand in database and WAL, seen by a process of its own."""
     code = (
@@ -164,6 +167,35 @@ def test_erased_data_is_gone_from_the_database_and_its_wal(make_service, tmp_pat
     assert request(service, "DELETE", "TOKEN-secret").status_int == 200
     assert count(path, "secret") == 0
     assert count(path, "other-") >= 40
+    assert (tmp_path / "livechat.db-lock").stat().st_size == 0  # nothing is due any more
+
+
+def test_searches_of_other_workers_do_not_hold_an_erasure_up(service, tmp_path):
+    path = tmp_path / "livechat.db"
+
+    def fill(connection):
+        values = "value, value, value, 'u', NULL, NULL, NULL, NULL, 1, 1, hex(zeroblob(50)), '{}'"
+        return connection.execute(f"INSERT INTO visitor SELECT {values} FROM {SERIES}").get
+
+    service.database.write(fill)
+    code = (
+        "import storage, sys; store = storage.VisitorStore(storage.Database(sys.argv[1])); "
+        "print(flush=True); "
+        "[store.search('nobody', {}, 0, 50) for _ in iter(int, 1)]"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    searching = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    try:
+        for process in searching:
+            process.stdout.readline()
+        for number in range(5):
+            service.register(f"TOKEN-{number}", **SECRETS)
+            assert request(service, "DELETE", f"TOKEN-{number}").status_int == 200
+            assert count(path, "secret") == 0
+    finally:
+        for process in searching:
+            with process:
+                process.kill()
 
 
 def test_no_copy_of_a_moved_row_stays_behind_in_the_file(make_service, tmp_path):

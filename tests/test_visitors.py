@@ -196,6 +196,7 @@ def people(service):
         ('"X"', ["Bob"]),
         ("o'neil \\", ["Bob"]),
         ("STRASSE", ["Bob"]),
+        ("Straße", ["Bob"]),
         ("city", []),
         ("t1", []),
         ("Bobguest", []),
