@@ -230,9 +230,14 @@ def test_a_database_that_was_replaced_is_the_one_that_is_used(database, path, tm
 
 
 def test_the_wal_stays_short_also_where_one_reader_follows_the_other(database, path):
+    store(database).register("first", {})
+    sql = (
+        "WITH RECURSIVE n(v) AS (SELECT number FROM visitor WHERE number = 1"
+        " UNION ALL SELECT v + 1 FROM n LIMIT 300000) SELECT count(*) FROM n"
+    )
     code = (
         "import storage, sys; database = storage.Database(sys.argv[1]); print(flush=True); "
-        "[database.read(lambda connection: connection.execute('SELECT count(*) FROM visitor, (VALUES (1), (2), (3))').get) for _ in iter(int, 1)]"
+        f"[database.read(lambda connection: connection.execute({sql!r}).get) for _ in iter(int, 1)]"
     )
     command = [sys.executable, "-c", code, path]
     reading = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
