@@ -30,6 +30,8 @@ class Settings:
     # The user id and the token of the read side; none: nobody reads. Never shown.
     agent: tuple[str, str] | None = field(default=None, repr=False)
     cors_origins: str | tuple[str, ...] = "*"  # "*", or the origins whose pages may ask
+    rate_limit: int | None = None  # calls a minute of one client to one route; none: any number
+    trusted_proxies: int = 0  # in front of us, each of which appends to X-Forwarded-For
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -52,6 +54,9 @@ class Settings:
             custom_fields=frozenset(_items(read("LIVECHAT_CUSTOM_FIELDS"))),
             agent=_agent(read("LIVECHAT_AGENT")),
             cors_origins=_origins(read("LIVECHAT_CORS_ORIGINS") or "*"),
+            rate_limit=_number("LIVECHAT_RATE_LIMIT", read("LIVECHAT_RATE_LIMIT"), 1),
+            trusted_proxies=_number("LIVECHAT_TRUSTED_PROXIES", read("LIVECHAT_TRUSTED_PROXIES"), 0)
+            or 0,
         )
 
 
@@ -79,7 +84,7 @@ def _database(path: str) -> str:
     if path == ":memory:" or path.startswith("file:"):
         # Each worker process would have a database of its own, and lose it.
         raise SettingError(f"LIVECHAT_DB: {path!r} is not a file; give the path of one")
-    return os.path.abspath(path)
+    return os.path.realpath(path)  # SQLite's WAL is beside the file itself, and so is our lock
 
 
 def _match(value: str) -> tuple[str, ...]:
@@ -120,3 +125,11 @@ def _origins(value: str) -> str | tuple[str, ...]:
                 f"LIVECHAT_CORS_ORIGINS: {origin!r} is no origin such as https://example.org"
             )
     return origins
+
+
+def _number(name: str, value: str, least: int) -> int | None:
+    if not value.strip():
+        return None
+    if not re.fullmatch("[0-9]{1,9}", value.strip()) or int(value) < least:
+        raise SettingError(f"{name}: {value!r} is not a number from {least} on")
+    return int(value)

@@ -2,193 +2,149 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import TypeVar
 
 import apsw
 
-from storage.connection import APPLICATION_ID, FAULTS, TIMEOUT, configure, connect, transaction
+from storage.access import Accesses, Unavailable
+from storage.change import Change
+from storage.connection import TIMEOUT, transaction
+from storage.files import wal_is_whole
+from storage.lock import Lock, Note, WalRemoved, turn
 
 CHECKPOINT = 1000  # pages that the WAL grows by from one checkpoint to the next
 CROWDED = 4000  # pages in the WAL for which a checkpoint waits until the readers let it restart
-# Milliseconds that a checkpoint waits for readers: so long that our own searches end meanwhile,
+# Seconds that a checkpoint waits for readers: so long that our own searches end meanwhile,
 # and so short for what has failed before that another program's reader does not hold up writers.
-WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2000, 500, 100
+WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2, 0.5, 0.1
 
 T = TypeVar("T")
 
 
-class Unavailable(Exception):
-    """The database cannot be written or read just now."""
-
-
-@contextmanager
-def turn(path: str, deadline: float) -> Generator[int]:
-    """Hold the lock file, where writers queue, and yield its descriptor.
-
-    SQLite's own waiting polls with growing pauses, so that two busy writers starve each other.
-    Raise `apsw.BusyError` at the deadline, in seconds of `time.monotonic`.
-    """
-    lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        pause = 0.0001
-        while True:  # a flock(2) that blocks knows no deadline
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise apsw.BusyError("the writers' queue") from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.004)
-        yield lock
-    finally:
-        os.close(lock)
-
-
 class Database:
-    """The prepared file at `path`, opened at its first use and again after a fault.
+    """The prepared file at `path`, for any number of threads; opened at its first use.
 
-    One connection writes, one reads and one checkpoints, each for one thread at a time.
+    A commit waits for the disk, so writes that wait at one moment share one: one thread leads,
+    and does the others' work with its own.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._writer = _Access(path)
-        self._reader = _Access(path)
-        self._checkpointer = _Access(path, checkpoints=True)
+        self._accesses = Accesses(path)
+        self._mutex = threading.Lock()  # of the next two
+        self._waiting: list[Change] = []
+        self._led = False  # whether a thread leads
         self._checkpointed = 0  # pages in the WAL at the last checkpoint
 
     def write(self, work: Callable[[apsw.Connection], T], erases: bool = False) -> T:
-        """Run `work` in a transaction of its own and return what it returns, which is no cursor.
+        """Run `work` alone and wholly, or not at all; return what it returns, which is no cursor.
 
-        When this returns, the change is on the disk; when it raises, nothing has changed.
-        What `work` deletes or replaces is gone from the files at the next checkpoint, which comes
-        before this returns if it `erases`.
-        Raise `Unavailable` where the database cannot be written within `TIMEOUT`.
+        When this returns, the change is on the disk; when `work` raises, nothing has changed.
+        What `work` deletes or replaces is gone from the files at the next checkpoint. If it
+        `erases`, that comes before this returns, or with the first write after another program
+        has read an older state to its end.
+        Raise `Unavailable` where the database cannot be written within `TIMEOUT`, or could not
+        tell: the disk may have the change, and not the checkpoint.
         """
         deadline = time.monotonic() + TIMEOUT
-        with self._writer.held(deadline) as connection, turn(self._path, deadline) as lock:
-            connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
-            with transaction(connection):
-                result = work(connection)
-                if erases:
-                    os.ftruncate(lock, 1)  # before the commit, so that no crash forgets it
-            try:
-                if os.fstat(lock).st_size:
-                    self._erase(lock, WAIT_ERASE if erases else WAIT_AGAIN)
-                else:
-                    self._keep_short()
-            except Unavailable:
-                if erases:  # the change is on the disk, and the next write tries this again
-                    raise
-            return result
+        change = Change(work, erases)
+        with self._mutex:
+            self._waiting.append(change)
+            change.leads = not self._led
+            self._led = True
+        if change.leads or self._is_next(change, deadline):
+            self._lead(change, deadline)
+        result: T = change.outcome()
+        return result
 
-    def read(self, work: Callable[[apsw.Connection], T]) -> T:
+    def read(self, work: Callable[[apsw.Connection], T], anew: bool = False) -> T:
         """Run `work`, which only reads, on one state; return what it returns, which is no cursor.
 
+        What is read `anew` comes from the files, and not from what was read before.
         Raise `Unavailable` where the database cannot be read within `TIMEOUT`.
         """
         deadline = time.monotonic() + TIMEOUT
-        with self._reader.held(deadline) as connection, transaction(connection, "DEFERRED"):
-            return work(connection)
+        accesses = self._accesses
+        try:
+            with accesses.reader.held(deadline):
+                if not accesses.have_moved():
+                    return accesses.read(work, anew)
+        except Unavailable as fault:
+            if not isinstance(fault.__cause__, WalRemoved):
+                raise
+        with accesses.writer.held(deadline), turn(self._path, deadline) as lock:
+            accesses.follow(lock, deadline)
+        with accesses.reader.held(deadline):
+            return accesses.read(work, anew)
 
     def close(self) -> None:
-        """Close the file; the next use opens it again."""
-        # Whoever closes last moves the WAL into the database file, if it is one that checkpoints.
-        with suppress(Unavailable), self._checkpointer.held(time.monotonic() + TIMEOUT):
-            self._writer.close()
-            self._reader.close()
-        for access in (self._writer, self._reader, self._checkpointer):
-            access.close()
+        """Close the file, if it is open, whose WAL goes into it; the next use opens it again."""
+        self._accesses.close(time.monotonic() + TIMEOUT)
 
-    def _erase(self, lock: int, wait: int) -> None:
-        """Cut the WAL to nothing: what was erased is gone then.
+    def _is_next(self, change: Change, deadline: float) -> bool:
+        """Wait until the change is done, or return True where its thread is to lead."""
+        if not change.wait(deadline - time.monotonic()):
+            with self._mutex:
+                if change in self._waiting and not change.leads:
+                    self._waiting.remove(change)
+                    raise Unavailable("BusyError: the threads' queue")
+            change.wait()  # somebody has taken it up at this moment
+        return change.leads
 
-        Where another program reads an older state this cannot be; then the lock file keeps its
-        one byte, by which whoever writes next knows that it is still to be done.
+    def _lead(self, change: Change, deadline: float) -> None:
+        """Do all changes that wait, this one among them, in one transaction."""
+        changes = [change]
+        fault: str | None = "the write was given up"
+        try:
+            writer = self._accesses.writer
+            with writer.held(deadline), turn(self._path, deadline) as lock:
+                self._accesses.follow(lock, deadline)
+                connection = writer.connection()
+                if not wal_is_whole(connection, self._path):
+                    raise apsw.IOError(f"{self._path}-wal was cut")
+                connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
+                with transaction(connection):
+                    with self._mutex:  # only now, when no other could have been done before
+                        changes, self._waiting = self._waiting, []
+                    for one in changes:
+                        one.do(connection)
+                    # Before the commit, so that no crash forgets what is to be erased.
+                    erasing = any(one.erases for one in changes) or lock.note.erasing
+                    lock.leave(Note(erasing, writer.files))
+                for one in changes:
+                    if not one.erases:
+                        one.settle()
+                self._tidy(lock, any(one.erases for one in changes))
+                fault = None
+        except Unavailable as unavailable:
+            fault = str(unavailable)
+        finally:
+            for one in changes:
+                one.settle(fault)
+            with self._mutex:
+                if change in self._waiting:  # it was not even begun
+                    self._waiting.remove(change)
+                if self._waiting:
+                    self._waiting[0].lead()
+                else:
+                    self._led = False
+
+    def _tidy(self, lock: Lock, erased: bool) -> None:
+        """Checkpoint where something is to be erased, or the WAL has grown by so much.
+
+        What another program's reader prevents is tried again by whoever writes next.
         """
-        if self._checkpoint("TRUNCATE", wait):
-            os.ftruncate(lock, 0)
-
-    def _keep_short(self) -> None:
-        """Checkpoint each time that the WAL has grown by so much."""
-        pages = self._writer.wal_pages
+        if lock.note.erasing:
+            if self._accesses.checkpoint("TRUNCATE", WAIT_ERASE if erased else WAIT_AGAIN):
+                lock.leave(lock.note._replace(erasing=False))
+            return
+        pages = self._accesses.writer.wal_pages
         if pages < self._checkpointed:
             self._checkpointed = 0  # the WAL has begun anew
         if pages - self._checkpointed >= CHECKPOINT:
             self._checkpointed = pages
             # One that does not wait never ends where one reader follows the other.
-            self._checkpoint("PASSIVE" if pages < CROWDED else "RESTART", WAIT_RESTART)
-
-    def _checkpoint(self, mode: str, wait: int) -> bool:
-        """Move the WAL into the database file; return whether all of it went."""
-        with self._checkpointer.held(time.monotonic() + TIMEOUT) as connection:
-            connection.set_busy_timeout(wait)
-            busy, pages, moved = connection.pragma("wal_checkpoint", mode)
-            return not busy and pages == moved
-
-
-class _Access:
-    """One connection to the file at `path`, for one thread at a time: apsw raises otherwise."""
-
-    wal_pages = 0  # in the WAL after the last commit of this connection
-
-    def __init__(self, path: str, checkpoints: bool = False) -> None:
-        self._path = path
-        self._checkpoints = checkpoints
-        self._free = threading.Lock()
-        self._connection: apsw.Connection | None = None
-        self._file: tuple[int, int] | None = None
-
-    @contextmanager
-    def held(self, deadline: float) -> Generator[apsw.Connection]:
-        """Yield the connection; turn every fault into `Unavailable`."""
-        if not self._free.acquire(timeout=max(0, deadline - time.monotonic())):
-            raise Unavailable("BusyError: the threads' queue")
-        try:
-            if self._connection is not None and self._file != _identity(self._path):
-                self.close()  # the file was moved or replaced: what is written there is lost
-            if self._connection is None:
-                self._file = _identity(self._path)
-                self._connection = self._open()
-            yield self._connection
-        except FAULTS as fault:
-            if not isinstance(fault, apsw.BusyError):
-                self.close()  # whatever happened to the file, the next use starts afresh
-            raise Unavailable(f"{type(fault).__name__}: {fault}") from fault
-        finally:
-            self._free.release()
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _open(self) -> apsw.Connection:
-        connection = connect(self._path, self._checkpoints)
-        try:
-            # A file that is not the one that the start prepared is a fault, never made ours.
-            if connection.pragma("application_id") != APPLICATION_ID:
-                raise apsw.NotADBError(f"{self._path} is not the database that the start prepared")
-            configure(connection)
-        except BaseException:
-            connection.close()
-            raise
-        connection.set_wal_hook(self._count)
-        return connection
-
-    def _count(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        self.wal_pages = pages
-        return apsw.SQLITE_OK
-
-
-def _identity(path: str) -> tuple[int, int]:
-    """Return which file stands at `path`; raise OSError where none does."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+            self._accesses.checkpoint("PASSIVE" if pages < CROWDED else "RESTART", WAIT_RESTART)

@@ -171,7 +171,7 @@ def form_and_service(request, tmp_path_factory):
     service.database.close()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sequence=st.lists(st.tuples(REGISTRATION, st.integers(0, 999)), min_size=1, max_size=12))
 def test_the_service_agrees_with_a_plain_model_on_every_answer(form_and_service, sequence):
     form, service = form_and_service

@@ -1,0 +1,501 @@
+"""The store at fault under the running service: 503 meanwhile, nothing lost, and no hand needed.
+
+Whatever a fault is, `/livez` answers, the service goes on by itself once the fault is gone, also
+with workers that boot meanwhile, and what was answered with 200 is still there.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from tests.server import PATH, ROOT, Server, wait_until
+from tests.slow import WHOLE
+from tests.test_database import held
+
+TYPE = {"Content-Type": "application/json"}
+BODY = '{"visitor":{"token":"t%d"}}'
+UNAVAILABLE = "error-database-unavailable"
+OTHER = "import storage, sys; storage.prepare(sys.argv[1])"
+# Root may do everything, so that a file it cannot write is no fault; these are the rights it loses.
+RIGHTS = "-dac_override,-dac_read_search"
+WITHOUT_RIGHTS = ["setpriv", f"--bounding-set={RIGHTS}", f"--inh-caps={RIGHTS}", "gunicorn"]
+
+
+def beside(server, suffix):
+    return server.database.with_name(server.database.name + suffix)
+
+
+@contextmanager
+def away(server, *suffixes):
+    """Rename files, and in the end rename them back."""
+    for suffix in suffixes:
+        beside(server, suffix).rename(beside(server, f"{suffix}.away"))
+    try:
+        yield
+    finally:
+        for suffix in suffixes:
+            beside(server, f"{suffix}.away").rename(beside(server, suffix))
+
+
+@contextmanager
+def replaced(server, make):
+    """Put what `make` makes at a path in the place of the database, whose WAL stays."""
+    other = beside(server, ".other")
+    make(other)
+    with away(server, ""):
+        other.rename(server.database)
+        yield
+
+
+@contextmanager
+def written_over(server, change):
+    """Change the bytes of the database where they are, and in the end write the old ones there."""
+    server.query("PRAGMA wal_checkpoint(TRUNCATE)")  # or the WAL would have every page
+    sound = server.database.read_bytes()
+    with server.database.open("r+b") as file:
+        change(file, len(sound))
+    try:
+        yield
+    finally:
+        with server.database.open("r+b") as file:
+            file.write(sound)
+
+
+@contextmanager
+def mode(path, bits):
+    before = path.stat().st_mode
+    path.chmod(bits)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
+@contextmanager
+def no_file_may_grow(server):
+    """Limit the files of the master, whose new workers have that too, and of each worker."""
+    server.query("PRAGMA wal_checkpoint(TRUNCATE)")
+    room = len(server.log()) + 100_000  # for the log is a file too
+    fields = [{"key": f"k{n}", "value": "x" * 4096, "overwrite": True} for n in range(15)]
+    while beside(server, "-wal").stat().st_size < room:
+        assert server.register("large", customFields=fields)[0] == 200
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    for pid in (server.process.pid, *server.workers()):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        for pid in (server.process.pid, *server.workers()):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+def junk(path):
+    path.write_bytes(b"junk" * 4096)
+
+
+def another_applications(path):
+    sql(path, "CREATE TABLE t (x)")
+
+
+def sql(path, statement):
+    """Let a process of its own do it."""
+    code = "import apsw, sys; apsw.Connection(sys.argv[1]).execute(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, path, statement], check=True)
+
+
+def empty_of_ours(path):
+    subprocess.run([sys.executable, "-c", OTHER, path], check=True, cwd=ROOT)
+    path.with_name(path.name + "-lock").unlink()
+
+
+def spoil(start, end):
+    """Return a change that overwrites all from one offset to another."""
+
+    def change(file, length):
+        file.seek(start)
+        file.write(b"\xa5" * ((end or length) - start))
+
+    return change
+
+
+# What each fault is, what a write, a read and /readyz may answer meanwhile, and what the log says.
+FAULTS = {
+    "the database is moved away": (
+        lambda server: away(server, ""),
+        ({503}, {503}, {503}, "put the file back"),
+    ),
+    "the database, its WAL and its index are moved away": (
+        lambda server: away(server, "", "-wal", "-shm"),
+        ({503}, {503}, {503}, "put the file back"),
+    ),
+    "the folder is moved away": (
+        lambda server: moved_folder(server),
+        ({503}, {503}, {503}, "put the file back"),
+    ),
+    "another database of ours stands in its place": (
+        lambda server: replaced(server, empty_of_ours),
+        ({503}, {503}, {503}, "was replaced"),
+    ),
+    "an empty file stands in its place": (
+        lambda server: replaced(server, lambda path: path.touch()),
+        ({503}, {503}, {503}, "is gone or empty"),
+    ),
+    "junk stands in its place": (
+        lambda server: replaced(server, junk),
+        ({503}, {503}, {503}, "was replaced"),
+    ),
+    "another application's database stands in its place": (
+        lambda server: replaced(server, another_applications),
+        ({503}, {503}, {503}, "was replaced"),
+    ),
+    "the database is cut to nothing": (
+        lambda server: written_over(server, lambda file, length: file.truncate(0)),
+        ({503}, {503}, {503}, "restore a backup"),
+    ),
+    "the database is cut in half": (
+        lambda server: written_over(server, lambda file, length: file.truncate(length // 2)),
+        ({503}, {503}, {503}, "restore a backup"),
+    ),
+    "the header is overwritten": (
+        lambda server: written_over(server, spoil(0, 100)),
+        ({200, 503}, {200, 503}, {503}, "restore a backup"),
+    ),
+    "all pages but the first are overwritten": (
+        lambda server: written_over(server, spoil(4096, None)),
+        ({200, 503}, {200, 503}, {503}, "restore a backup"),
+    ),
+    "the file is read-only": (
+        lambda server: mode(server.database, 0o400),
+        ({200, 503}, {200, 503}, {200, 503}, None),
+    ),
+    "the folder is read-only": (
+        lambda server: mode(server.database.parent, 0o500),
+        ({200, 503}, {200, 503}, {200, 503}, None),
+    ),
+    # After a stop of all workers the WAL is short, and may grow so far.
+    "no file may grow": (no_file_may_grow, ({200, 503}, {200}, {200}, "disk I/O error")),
+    # Who has it open saves the WAL with its next request; a worker that has just booted waits.
+    "the WAL is removed": (
+        lambda server: removed(server, "-wal"),
+        ({200, 503}, {200, 503}, {200, 503}, None),
+    ),
+    "the WAL and its index are removed": (
+        lambda server: removed(server, "-wal", "-shm"),
+        ({200, 503}, {200, 503}, {200, 503}, None),
+    ),
+    "the index of the WAL is removed": (
+        lambda server: removed(server, "-shm"),
+        ({200}, {200}, {200}, None),
+    ),
+    "the lock file is removed": (
+        lambda server: removed(server, "-lock"),
+        ({200}, {200}, {200}, None),
+    ),
+}
+
+
+@contextmanager
+def removed(server, *suffixes):
+    for suffix in suffixes:
+        beside(server, suffix).unlink()
+    yield
+
+
+@contextmanager
+def moved_folder(server):
+    folder = server.database.parent
+    folder.rename(folder.with_name("away"))
+    try:
+        yield
+    finally:
+        folder.with_name("away").rename(folder)
+
+
+def boot_new_workers(server, signal_number, number):
+    """End so many workers, and wait for those that follow them."""
+    old = wait_until(lambda: len(server.workers()) == 2 and server.workers(), "both are there")
+    for pid in old[:number]:
+        os.kill(pid, signal_number)
+    wait_until(lambda: len(set(server.workers()) - set(old)) == number, "new workers boot")
+    wait_until(lambda: not set(old[:number]) & set(server.workers()), "the old workers end")
+
+
+def both_have_opened(server, visitors):
+    """Register until each worker has done it, so that each has the files open."""
+
+    def all_have():
+        assert visitors.register() == 200
+        return all(f"[{pid}] [INFO] POST {PATH} 200 " in server.log() for pid in server.workers())
+
+    wait_until(all_have, "each worker has registered somebody")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all: what a fault has done to it, it has to get over."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "data").mkdir()
+    options = {"command": WITHOUT_RIGHTS} if os.geteuid() == 0 else {}
+    server = Server(folder, LIVECHAT_DB=str(folder / "data" / "livechat.db"), **options).wait()
+    yield server
+    server.kill()
+
+
+class Visitors:
+    """Registers visitors, and knows who was answered 200."""
+
+    def __init__(self, server):
+        self.server = server
+        self.kept = {}
+        self.asked = 0
+
+    def register(self):
+        """Return the status of one more registration."""
+        self.asked += 1
+        token = f"t{self.asked}"
+        fields = [{"key": "k", "value": token, "overwrite": True}]
+        status, answer = self.server.register(token, name="N", customFields=fields)
+        if status == 200:
+            self.kept[token] = answer["visitor"]
+        else:
+            assert (status, answer["errorType"]) == (503, UNAVAILABLE)
+        return status
+
+    def assert_kept(self):
+        """Read everybody who was answered 200."""
+        for token, visitor in self.kept.items():
+            answer = self.server.request("GET", f"{PATH}/{token}")[2]
+            assert answer.get("visitor") == visitor, answer
+
+
+@pytest.fixture(scope="module")
+def visitors(server):
+    return Visitors(server)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_nothing_is_lost_and_the_service_goes_on(server, visitors, fault, often):
+    begin, (writes, reads, readiness, said) = FAULTS[fault]
+    before = len(server.log())
+    both_have_opened(server, visitors)
+    token = next(iter(visitors.kept))
+
+    def look():
+        """Ask for everything, so often that each worker is asked."""
+        for _ in range(6):
+            assert visitors.register() in writes
+            assert server.request("GET", f"{PATH}/{token}")[0] in reads
+            assert server.request("GET", "/readyz")[0] in readiness
+            assert server.request("GET", "/livez")[0] == 200
+
+    def recover():
+        wait_until(lambda: {visitors.register() for _ in range(4)} == {200}, "it goes on", 5)
+        assert server.request("GET", "/readyz")[0] == 200
+        visitors.assert_kept()
+
+    for _ in range(often(0, 1)):  # without booting; the rest has the same looks
+        with begin(server):
+            look()
+        recover()
+        both_have_opened(server, visitors)
+    with begin(server):
+        boot_new_workers(server, signal.SIGKILL, 1)  # one that has seen nothing may be asked first
+        look()
+        boot_new_workers(server, signal.SIGTERM, 2)
+        look()
+    recover()
+    assert server.process.poll() is None
+    log = server.log()[before:]
+    if said:
+        assert said in log
+    assert "Unforeseen" not in log
+    assert server.query("PRAGMA integrity_check") == [["ok"]]
+
+
+def test_after_all_faults_an_orderly_stop_leaves_everybody_in_one_file(server, visitors):
+    assert server.stop() == 0
+    assert not beside(server, "-wal").exists()
+    rows = server.query("SELECT token, id FROM visitor")
+    kept = {token: visitor["_id"] for token, visitor in visitors.kept.items()}
+    assert kept.items() <= dict(rows).items()
+    assert server.query("PRAGMA integrity_check") == [["ok"]]
+
+
+def test_a_lock_of_another_program_for_2_seconds_is_waited_for(make_server):
+    server = make_server().wait()
+    with held(server.database, "transaction") as let_go, ThreadPoolExecutor() as pool:
+        start = time.monotonic()
+        registering = pool.submit(server.register, "t")
+        assert server.request("GET", f"{PATH}/t")[0] == 400  # who reads does not wait
+        assert server.request("GET", "/readyz")[0] == 200
+        wait_until(lambda: time.monotonic() > start + 2, "2 seconds pass")
+        assert not registering.done()
+        let_go()
+        assert registering.result()[0] == 200
+
+
+def test_a_longer_lock_is_a_503_for_each_of_8_clients_and_over_at_once(make_server, often):
+    seconds = often(8, 40)
+    # One worker more than writers wait: so many reads go on meanwhile.
+    server = make_server(WEB_CONCURRENCY="9").wait()
+    assert server.register("kept")[0] == 200
+    start = time.monotonic()
+
+    def register(number):
+        status, headers, answer = server.request("POST", PATH, BODY % number, TYPE)
+        return status, headers["Retry-After"], answer["errorType"], time.monotonic() - start
+
+    with held(server.database, "transaction") as let_go, ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(register, number) for number in range(8)]
+        while not all(one.done() for one in waiting):
+            began = time.monotonic()
+            assert server.request("GET", f"{PATH}/kept")[0] == 200
+            assert server.request("GET", "/livez")[0] == 200
+            assert time.monotonic() - began < 2
+        for one in waiting:
+            status, retry_after, error_type, took = one.result()
+            assert (status, retry_after, error_type) == (503, "5", UNAVAILABLE)
+            assert took < 10
+        wait_until(lambda: time.monotonic() > start + seconds, "the lock's time passes", 60)
+        let_go()
+        released = time.monotonic()
+        assert server.register("next")[0] == 200
+        assert time.monotonic() - released < 1
+    assert server.log().count("The visitor database is unavailable: BusyError: ") == 8
+    assert "it goes on once whoever locks the database is done" in server.log()
+    assert server.query("SELECT token FROM visitor") == [["kept"], ["next"]]
+
+
+def test_a_full_disk_is_a_503_until_there_is_room(make_server, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    mount = f"mount -t tmpfs -o size=1m tmpfs {folder}"
+    if subprocess.run([*command, "sh", "-c", mount], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this machine lets nobody mount a disk of 1 MiB")
+    server = make_server(
+        command=[*command, "sh", "-c", f"{mount} && exec gunicorn"],
+        LIVECHAT_DB=str(folder / "livechat.db"),
+    ).wait()
+    seen_here = Path(f"/proc/{server.process.pid}/root{folder}")
+    visitors = Visitors(server)
+    for _ in range(4):
+        assert visitors.register() == 200
+    for _ in range(2):
+        with suppress(OSError), (seen_here / "filling").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        wait_until(lambda: visitors.register() == 503, "the WAL's last page is full")
+        assert visitors.register() == 503
+        visitors.assert_kept()
+        assert server.request("GET", "/livez")[0] == 200
+        (seen_here / "filling").unlink()
+        assert {visitors.register() for _ in range(4)} == {200}
+    visitors.assert_kept()
+    assert "FullError: database or disk is full; make room on its disk" in server.log()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_workers_that_may_open_no_file_more_recover(make_server, spare):
+    server = make_server().wait()
+    visitors = Visitors(server)
+    both_have_opened(server, visitors)
+    before = {}
+    for pid in server.workers():
+        used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+        free = min(set(range(len(used) + 1)) - used)  # what the next connection of a client gets
+        hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+        before[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + spare, hard))
+    for _ in range(4):
+        with suppress(OSError, HTTPException), server.connect() as client:
+            client.settimeout(0.5)  # where not even the client gets in
+            client.sendall(WHOLE)
+            assert client.recv(100)[9:12] in (b"200", b"503", b"")
+    for pid in set(before) & set(server.workers()):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before[pid])
+    wait_until(lambda: goes_on(visitors), "it goes on")
+    assert server.process.poll() is None
+    visitors.assert_kept()
+
+
+def goes_on(visitors):
+    with suppress(OSError, HTTPException):
+        return visitors.register() == 200
+
+
+NO_RIGHTS = "cannot be used: Permission denied"
+
+
+def no_rights(path):
+    path.touch(0o000)
+
+
+def no_rights_in_the_folder(path):
+    path.parent.chmod(0o500)
+
+
+def folder(path):
+    path.mkdir()
+
+
+def newer(path):
+    empty_of_ours(path)
+    sql(path, "PRAGMA user_version = 2")
+
+
+def cut(path):
+    empty_of_ours(path)
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def damaged(path):
+    empty_of_ours(path)
+    with path.open("r+b") as file:
+        spoil(4096, 8192)(file, None)
+
+
+def a_wal_alone(path):
+    path.with_name(path.name + "-wal").write_bytes(b"w" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (no_rights, NO_RIGHTS),
+        (no_rights_in_the_folder, NO_RIGHTS),
+        (folder, "a folder, not a file"),
+        (junk, "not a SQLite database"),
+        (another_applications, "the database of another application"),
+        (newer, "written by a newer version of this service"),
+        (cut, "damaged: "),
+        (damaged, "damaged: the database is damaged; restore a backup"),
+        (a_wal_alone, "gone or empty, and was not; put it back, or to begin anew remove "),
+    ],
+)
+def test_what_cannot_be_the_database_stops_the_start_with_one_line(
+    make_server, tmp_path, make, said
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / "livechat.db"
+    make(path)
+    before = {one: one.stat().st_size for one in folder.iterdir()}
+    options = {"command": WITHOUT_RIGHTS} if os.geteuid() == 0 else {}
+    server = make_server(LIVECHAT_DB=str(path), **options)
+    assert server.process.wait(20) != 0
+    lines = [line for line in server.log().splitlines() if "[INFO]" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{path}: ")
+    assert said in lines[0]
+    folder.chmod(0o700)
+    assert {one: one.stat().st_size for one in before} == before

@@ -1,0 +1,178 @@
+"""A file of an older version: brought up to date by steps that only add, each whole or not at all.
+
+tests/fixtures/version-1.db was written by the first version, and is never made anew.
+"""
+
+import json
+import shutil
+
+import apsw
+import pytest
+
+import storage
+from storage import preparation
+from tests.server import PATH, ROOT
+from tests.test_database import refused
+
+# What a version 2 and a version 3 may bring; a step may hold several statements.
+ADDED = (
+    "ALTER TABLE visitor ADD COLUMN country TEXT;"
+    "CREATE TABLE visit (number INTEGER PRIMARY KEY, visitor INTEGER NOT NULL) STRICT;"
+    "CREATE INDEX visitor_country ON visitor (country)",
+    "ALTER TABLE visitor ADD COLUMN visits INTEGER NOT NULL DEFAULT 0",
+)
+FAILING = "CREATE TABLE visit (number); ALTER TABLE visitor ADD COLUMN token TEXT"
+
+
+@pytest.fixture
+def path(tmp_path):
+    fixture = ROOT / "tests" / "fixtures" / "version-1.db"
+    return str(shutil.copy(fixture, tmp_path / "livechat.db"))
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return lambda *steps: monkeypatch.setattr(preparation, "STEPS", steps)
+
+
+def look(path, sql):
+    """Return the rows; the file is not in use."""
+    connection = apsw.Connection(str(path))
+    try:
+        return connection.execute(sql).fetchall()
+    finally:
+        connection.close()
+
+
+def version(path):
+    return look(path, "PRAGMA user_version")[0][0]
+
+
+def tables(path):
+    """Return each table's columns, however their SQL is written."""
+    sql = (
+        "SELECT t.name, c.* FROM sqlite_schema t, pragma_table_xinfo(t.name) c"
+        " WHERE t.type = 'table' ORDER BY t.name, c.cid"
+    )
+    return look(path, sql)
+
+
+def test_the_first_versions_file_serves_today(path, make_service):
+    service = make_service(path)
+    paths = {
+        "867ad6a09fc4af29f6f1f2a9cf1deaba": {
+            "_id": "b3c7SMriL729R3J8w",
+            "username": "guest-2",
+            "status": "online",
+            "ts": "2022-06-29T06:05:01.392Z",
+            "_updatedAt": "2022-06-29T06:05:01.408Z",
+        },
+        "erdsfdjs43828492": {
+            "_id": "hN4kQ7rTzWm2XcY9a",
+            "username": "kim.jane",
+            "name": "John Doe",
+            "phone": [{"phoneNumber": "+37265783468"}],
+            "visitorEmails": [{"address": "john.doe@email.com"}],
+            "department": "Support",
+            "livechatData": {"address": "Rocket.Chat street", "a.dot": ""},
+        },
+        "token/with a slash?": {"_id": "Zp6vD3sFgJ8LxBn5e", "name": "Zoë 王小明"},
+    }
+    for token, expected in paths.items():
+        quoted = token.replace(" ", "%20").replace("?", "%3F")
+        visitor = service.http.get(f"{PATH}/{quoted}").json["visitor"]
+        assert visitor["token"] == token
+        assert expected.items() <= visitor.items()
+    # guest-4 was erased there, and no number is used twice
+    assert service.register("new")["username"] == "guest-5"
+
+
+def test_today_is_the_first_version_with_its_steps(path, tmp_path):
+    storage.prepare(path)
+    storage.prepare(str(tmp_path / "new.db"))
+    assert tables(path) == tables(tmp_path / "new.db")
+    assert version(path) == version(tmp_path / "new.db") == preparation.newest()
+
+
+def test_every_step_is_taken_once_and_keeps_every_visitor(path, steps):
+    before = look(path, "SELECT * FROM visitor")
+    steps(*ADDED)
+    assert storage.prepare(path) == (False, 3)
+    assert version(path) == 3
+    assert look(path, "SELECT * FROM visitor") == [(*row, None, 0) for row in before]
+    assert storage.prepare(path) == (False, 3)
+
+
+def test_a_file_between_takes_what_it_lacks(path, steps):
+    steps(ADDED[0])
+    storage.prepare(path)
+    assert version(path) == 2
+    steps(*ADDED)
+    storage.prepare(path)
+    assert version(path) == 3
+
+
+def test_a_failing_step_leaves_the_file_as_it_was(path, steps):
+    with open(path, "rb") as file:
+        before = file.read()
+    steps(FAILING, ADDED[1])
+    said = refused(path)
+    assert said.startswith(f"{path}: stays at version 1, the step to 2 failed: SQLError: ")
+    with open(path, "rb") as file:
+        assert file.read() == before
+    steps()
+    assert storage.prepare(path) == (False, 3)
+
+
+def test_a_failing_second_step_leaves_the_first_ones_version(path, steps):
+    steps(ADDED[1], FAILING)
+    assert f"{path}: stays at version 2, the step to 3 failed: " in refused(path)
+    assert version(path) == 2
+    assert look(path, "SELECT sum(visits) FROM visitor") == [(0,)]
+    assert look(path, "SELECT name FROM sqlite_schema WHERE name = 'visit'") == []
+
+
+def test_a_newer_file_is_refused_and_left_alone(path, steps):
+    steps(*ADDED)
+    storage.prepare(path)
+    with open(path, "rb") as file:
+        before = file.read()
+    steps(ADDED[0])
+    assert refused(path) == f"{path}: written by a newer version of this service"
+    with open(path, "rb") as file:
+        assert file.read() == before
+
+
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_version_that_never_was_is_refused(path, version):
+    look(path, f"PRAGMA user_version = {version}")
+    assert refused(path) == f"{path}: damaged: it is of version {version}; restore a backup"
+
+
+def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
+    # The old code is a server of today; the new one, which has the steps, migrates under it.
+    server = make_server(LIVECHAT_DB=path, WEB_CONCURRENCY="2").wait()
+    registered = [server.register(f"before{n}", name="N")[1] for n in range(8)]
+    steps(*ADDED)
+    assert storage.prepare(path) == (False, 11)
+    registered += [server.register(f"after{n}", name="N")[1] for n in range(8)]
+    assert server.request("DELETE", f"{PATH}/after0")[0] == 200
+    for answer in [*registered[:8], *registered[9:]]:
+        visitor = answer["visitor"]
+        assert server.request("GET", f"{PATH}/{visitor['token']}")[2]["visitor"] == visitor
+    changed = {"token": "after1", "key": "k", "value": "v", "overwrite": True}
+    status, _, _ = server.request(
+        "POST",
+        "/api/v1/livechat/custom.field",
+        json.dumps(changed),
+        {"Content-Type": "application/json"},
+    )
+    assert status == 200
+    assert server.stop() == 0
+    new = storage.Database(path)
+    assert storage.VisitorStore(new).find("after1")["livechatData"] == {"k": "v"}
+    assert new.read(
+        lambda c: c.execute("SELECT count(*), sum(visits) FROM visitor").fetchone()
+    ) == (18, 0)
+    new.close()
+    assert storage.prepare(path) == (False, 18)
