@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -49,7 +50,9 @@ def _receive(req: falcon.Request) -> tuple[bytes, bool]:
     try:
         while len(data) < wanted and (more := req.stream.read(wanted - len(data))):
             data += more
-    except Exception:  # each server has its own for a body that breaks off; gunicorn several
+    except Exception as error:  # each server has its own for a body that breaks off, or several
+        if getattr(error, "errno", None) == errno.EMSGSIZE:  # our worker's for too many chunks
+            raise refusal("error-body-too-large") from None
         return data, False
     return data, announced is None or len(data) == announced
 

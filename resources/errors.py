@@ -73,11 +73,16 @@ def refuse_params(
     raise Refusal(400, {"error": str(error), "errorType": "invalid-params"})
 
 
+def log_unavailable(error: storage.Unavailable) -> None:
+    """Say what is at fault, which SQLite words without any data, and what to do."""
+    log.error("The visitor database is unavailable: %s", error)
+
+
 def answer_unavailable(
     req: falcon.Request, resp: falcon.Response, error: storage.Unavailable, params: Any
 ) -> None:
-    """Answer a fault of the database, which SQLite words without any data."""
-    log.error("The visitor database is unavailable: %s", error)
+    """Answer a fault of the database."""
+    log_unavailable(error)
     raise refusal("error-database-unavailable")
 
 

@@ -1,0 +1,90 @@
+"""Slow and stubborn clients: nobody else waits for them, and they are told 408 (docs/deploying.md)."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.server import wait_until
+from tests.slow import ATTACKS, WHOLE, Attack, wait_of_others
+
+TIMEOUT = (
+    b'{"success":false,"error":"The request did not come in time [error-request-timeout]",'
+    b'"errorType":"error-request-timeout"}'
+)
+UNFINISHED = [
+    name for name in ATTACKS if name.startswith(("half", "a head", "a body that is asked"))
+]
+
+
+@pytest.mark.parametrize("connections", [20, 200])
+def test_others_register_while_slow_clients_are_there(server, connections):
+    with Attack(server.port, connections):
+        waits = wait_of_others(server, 1.5)
+    assert sorted(waits)[len(waits) // 2] < 0.5
+    assert max(waits) < 3
+    assert server.register("after")[0] == 200
+
+
+def test_a_request_that_does_not_come_in_time_is_a_408_and_holds_nothing(server):
+    names = tuple(UNFINISHED)
+    with server.connect() as silent, Attack(server.port, 3 * len(names), names, False) as attack:
+        wait_until(lambda: all(len(one) >= 3 for one in attack.answers.values()), "the 408s come")
+        assert silent.recv(1) == b""  # who asks nothing is answered nothing
+    for name, answers in attack.answers.items():
+        for answer in answers:
+            answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if answer:
+                head, _, body = answer.partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n"), name
+                assert b"Content-Type: application/json\r\n" in head
+                assert body == TIMEOUT
+    assert server.query("SELECT count(*) FROM visitor") == [[0]]
+    log = server.log()
+    assert "[ERROR]" not in log
+    assert "slow" not in log
+    assert len(server.workers()) == 2
+    assert log.count("Booting worker") == 2
+
+
+def test_several_requests_on_a_connection_whole_or_in_parts_are_answered_in_turn(server):
+    with server.connect() as client, client.makefile("rb") as answers:
+        for part in (WHOLE, WHOLE[:50], WHOLE[50:] + WHOLE + WHOLE[:1], WHOLE[1:-1], WHOLE[-1:]):
+            client.sendall(part)
+        for number in range(4):
+            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+            length = None
+            while (line := answers.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            assert json.loads(answers.read(length))["visitor"]["username"] == "guest-2", number
+
+
+def test_a_connection_is_closed_after_64_requests_which_its_client_is_told(server):
+    with server.connect() as client, client.makefile("rb") as answers:
+        for number in range(1, 65):
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = b"".join(iter(answers.readline, b"\r\n")).lower()
+            assert (b"connection: close" in head) == (number == 64)
+            assert answers.read(15) == b'{"status":"ok"}'
+        assert answers.read() == b""
+
+
+def test_a_stop_does_not_wait_for_who_asks_nothing(server):
+    with Attack(server.port, 20, ("nothing",)):
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 5
+
+
+def test_after_an_attack_all_connections_and_files_are_let_go(server):
+    def files():
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.workers())
+
+    assert wait_of_others(server, 0.5)
+    before = files()
+    with Attack(server.port, 100):
+        wait_of_others(server, 1)
+        assert files() > before + 50
+    wait_until(lambda: files() <= before + 2, "connections are closed")
