@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,19 +16,24 @@ import schemas
 import storage
 from resources import custom_fields, errors, service, visitor, visitors
 from resources.errors import log
+from resources.rate_limit import RateLimit
 from settings import Settings
 
 
 class Request(falcon.Request):
-    """A request whose method, where no standard knows it, counts as one that no resource has.
+    """A request that falcon takes for what it is.
 
-    Falcon answers 400 to a made-up method; so it is 405 on a known path, and 404 elsewhere.
+    A method that no standard knows counts as one that no resource has, for falcon answers it with
+    400; so it is 405 on a known path, and 404 elsewhere. A path that begins with several slashes
+    is unknown, for falcon takes them for one.
     """
 
     def __init__(self, env: dict[str, Any], options: falcon.RequestOptions | None = None) -> None:
         super().__init__(env, options)
         if self.method not in falcon.HTTP_METHODS:
             self.method = "TRACE"
+        if self.path.startswith("//"):
+            self.path = "/%2F"  # no route has it: falcon has decoded the path by now
 
 
 class Common:
@@ -78,9 +84,18 @@ def routes(store: storage.VisitorStore, settings: Settings) -> dict[str, object]
     }
 
 
-def create_app(store: storage.VisitorStore, settings: Settings) -> falcon.App[Any, Any]:
-    """Return the WSGI application that serves `store` as `settings` say; nothing is opened."""
+def create_app(
+    store: storage.VisitorStore,
+    settings: Settings,
+    clock: Callable[[], int] = storage.milliseconds,
+) -> falcon.App[Any, Any]:
+    """Return the WSGI application that serves `store` as `settings` say; nothing is opened.
+
+    `clock` returns milliseconds since 1970, by which the rate limit counts.
+    """
     middleware: list[Any] = [falcon.CORSMiddleware(settings.cors_origins), Common(settings)]
+    if settings.rate_limit:
+        middleware.append(RateLimit(settings.rate_limit, settings.trusted_proxies, clock))
     app = falcon.App(middleware=middleware, request_type=Request)
     compact = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
     app.resp_options.media_handlers[falcon.MEDIA_JSON] = JSONHandler(dumps=compact)

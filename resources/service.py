@@ -10,7 +10,7 @@ import falcon
 
 import schemas
 import storage
-from resources.errors import RETRY_AFTER
+from resources.errors import RETRY_AFTER, log_unavailable
 from settings import VERSION
 
 API_VERSION = "8.8"  # of the Rocket.Chat API that is spoken here, which clients check
@@ -51,7 +51,8 @@ class ReadyResource:
         try:
             self._store.ping()
             status = "ok"
-        except storage.Unavailable:
+        except storage.Unavailable as error:
+            log_unavailable(error)
             status = "unavailable"
             resp.status = falcon.HTTP_503
             resp.set_header("Retry-After", str(RETRY_AFTER))

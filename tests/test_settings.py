@@ -105,3 +105,29 @@ def test_a_value_that_cannot_be_meant_is_named_in_one_line(environ, reason):
     assert str(raised.value).startswith(reason)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+def test_the_rate_limit_and_the_proxies_are_numbers():
+    assert (read().rate_limit, read().trusted_proxies) == (None, 0)
+    assert read(LIVECHAT_RATE_LIMIT="", LIVECHAT_TRUSTED_PROXIES="") == read()
+    settings = read(LIVECHAT_RATE_LIMIT=" 5 ", LIVECHAT_TRUSTED_PROXIES="0")
+    assert (settings.rate_limit, settings.trusted_proxies) == (5, 0)
+    assert read(LIVECHAT_TRUSTED_PROXIES="2").trusted_proxies == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("LIVECHAT_RATE_LIMIT", "0", 1),
+        ("LIVECHAT_RATE_LIMIT", "-1", 1),
+        ("LIVECHAT_RATE_LIMIT", "five", 1),
+        ("LIVECHAT_RATE_LIMIT", "5/m", 1),
+        ("LIVECHAT_RATE_LIMIT", "\u0665", 1),
+        ("LIVECHAT_TRUSTED_PROXIES", "-1", 0),
+        ("LIVECHAT_TRUSTED_PROXIES", "10.0.0.1", 0),
+    ],
+)
+def test_what_is_no_such_number_is_refused(name, value, least):
+    with pytest.raises(SettingError) as raised:
+        read(**{name: value})
+    assert str(raised.value) == f"{name}: {value!r} is not a number from {least} on"
