@@ -1,17 +1,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-clients lint format requirements clean
+.PHONY: run test soak fuzz bench bench-peers test-clients lint format requirements clean
 
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
 
-test: .venv/dev  ## run the tests
-	$(BIN)/pytest
+test: .venv/dev  ## run the tests, on all processors
+	$(BIN)/pytest --numprocesses auto --dist loadfile --ignore tests/test_hostile.py
+	$(BIN)/pytest tests/test_hostile.py  # which measures CPU, and so is alone
+
+soak: .venv/dev  ## run the long versions of the tests of reliability, for some 15 minutes
+	$(BIN)/pytest --soak tests/test_database.py tests/test_faults.py tests/test_kills.py tests/test_manage.py tests/test_power.py
 
 test-clients: .venv/dev tests/clients/node_modules  ## run Rocket.Chat's JavaScript client, which needs Node.js
 	$(BIN)/python -m tests.clients
+
+fuzz: .venv/dev  ## look for what nobody thought of: make fuzz MINUTES=60
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+bench: .venv/bench build/slowdisk.so  ## measure it; two minutes: make bench ARGS=--quick
+	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: .venv/bench build/slowdisk.so bench/peers/node_modules  ## measure it also against what needs Node.js
+	$(BIN)/python -m bench --peers $(ARGS)
 
 lint: .venv/dev  ## check style and types
 	$(BIN)/ruff check .
@@ -29,11 +43,15 @@ requirements:  ## renew the pinned run-time dependencies
 	mv .venv/renewed requirements.txt && rm -rf .venv/renew build
 
 clean:  ## remove what make has made
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/clients/node_modules
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/clients/node_modules bench/peers/node_modules
 
-tests/clients/node_modules: tests/clients/package.json
-	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/clients
+%/node_modules: %/package.json
+	npm install --silent --no-audit --no-fund --no-package-lock --prefix $*
 	@touch $@
+
+build/slowdisk.so: bench/slowdisk.c
+	@mkdir -p build
+	@$(CC) -O2 -shared -fPIC -o $@ $< || true  # without it a part of the benchmark is left out
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")'
@@ -43,4 +61,8 @@ tests/clients/node_modules: tests/clients/package.json
 
 .venv/dev: .venv/run setup.cfg pyproject.toml
 	$(PIP) --constraint requirements.txt --editable '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/run setup.cfg
+	$(PIP) --constraint requirements.txt --editable '.[bench]'
 	@touch $@

@@ -1,10 +1,13 @@
 """What several tests need: the real app on a real file, and the real server on a free port."""
 
 import json
+import os
+from contextlib import closing
 
 import pytest
 from webtest import TestApp
 
+import manage
 import storage
 from app import create_app
 from settings import Settings
@@ -12,6 +15,16 @@ from tests import openapi
 from tests.server import Server
 
 PATH = "/api/v1/livechat/visitor"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="the long versions: make soak")
+
+
+@pytest.fixture
+def often(request):
+    """Return a function that says how often to repeat: `often(ci, soak)`."""
+    return lambda ci, soak: soak if request.config.getoption("--soak") else ci
 
 
 class CheckedApp(TestApp):
@@ -37,7 +50,7 @@ class Service:
         store = storage.VisitorStore(
             self.database, settings.match, settings.custom_fields, clock=lambda: self.now
         )
-        self.http = CheckedApp(create_app(store, settings))
+        self.http = CheckedApp(create_app(store, settings, clock=lambda: self.now))
 
     def post(self, body, path=PATH, content_type="application/json", **headers):
         """Send `body`, bytes as they are and all else as JSON; return the answer, whatever it is."""
@@ -106,3 +119,39 @@ def make_server(tmp_path):
 @pytest.fixture
 def server(make_server):
     return make_server().wait()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "livechat.db")
+
+
+@pytest.fixture
+def run(path, capsys, monkeypatch):
+    """Run a command in this process; return exit status, stdout and stderr."""
+    monkeypatch.setenv("LIVECHAT_DB", path)
+    monkeypatch.chdir(os.path.dirname(path))
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = manage.main(map(str, arguments))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fill(path):
+    """Register visitors at a time; return the store's answers."""
+
+    def fill(*visitors, at=1_656_482_701_392, path=path):
+        storage.prepare(path)
+        with closing(storage.Database(path)) as database:
+            store = storage.VisitorStore(database, clock=lambda: at)
+            answers = []
+            for visitor in visitors:
+                token, given, *fields = visitor
+                answers.append(store.register(token, given, fields))
+        return answers
+
+    return fill

@@ -1,7 +1,11 @@
 """The README tells the truth: its session gives the shown answers, its table names what is read."""
 
+import contextlib
+import json
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from settings import Settings
-from tests.server import ROOT
+from tests.server import ROOT, wait_until
 
 README = (ROOT / "README.md").read_text()
 # What differs from one run to the next.
@@ -59,10 +63,9 @@ def test_the_table_of_differences_says_what_the_contract_says():
     def rows(text):
         return re.findall(r"^\|.*\|$", text, re.MULTILINE)
 
-    contract = rows((ROOT / "docs" / "contract.md").read_text().partition("## 9.")[2])
-    readme = rows(README.partition("## Differences")[2].partition("\n## ")[0])
-    not_yet = [row for row in contract if row.startswith("| no rate limit")]
-    assert [*readme, *not_yet] == [row for row in contract if row not in not_yet] + not_yet
+    contract = (ROOT / "docs" / "contract.md").read_text().partition("## 9.")[2]
+    readme = README.partition("## Differences")[2].partition("\n## ")[0]
+    assert rows(readme) == rows(contract)
 
 
 def test_the_readmes_stand_in_serves_a_test_suite(tmp_path):
@@ -71,14 +74,8 @@ def test_the_readmes_stand_in_serves_a_test_suite(tmp_path):
     exec(code, names)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    checkout = tmp_path / "checkout"  # whose .venv is the environment of this test
-    checkout.mkdir()
-    for entry in ROOT.iterdir():
-        if entry.name != ".venv":
-            (checkout / entry.name).symlink_to(entry)
-    (checkout / ".venv").symlink_to(Path(sys.prefix))
     with (
-        names["livechat"](tmp_path, port, checkout) as url,
+        names["livechat"](tmp_path, port, checkout(tmp_path / "checkout")) as url,
         urllib.request.urlopen(f"{url}/readyz"),
     ):
         pass
@@ -92,3 +89,92 @@ def test_the_readme_names_every_entry_of_the_top_level_that_holds_code():
     for entry in ROOT.iterdir():
         if entry.suffix == ".py" or (entry / "__init__.py").exists():
             assert entry.name in tree
+
+
+def console(text):
+    """Return the commands of each block of shell lines."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    return [re.findall(r"^\$ (.*)$", block, re.MULTILINE) for block in blocks]
+
+
+def checkout(folder):
+    """Return a new checkout, whose .venv is the environment of this test."""
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name != ".venv" and not entry.name.startswith("livechat.db"):
+            (folder / entry.name).symlink_to(entry)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    return folder
+
+
+def test_from_the_first_registration_through_backup_and_disaster_to_the_restore(tmp_path):
+    """Every line as it stands in the README, by a new user in a new checkout."""
+    (start,) = console(README.partition("## Start")[2].partition("In another terminal")[0])
+    (backup,), restore = console(README.partition("## Operating")[2].partition("\n## ")[0])
+    register, shown = curl_session()[0]
+    assert start == ["make run"]
+    assert len(restore) == 3
+    folder = checkout(tmp_path / "checkout")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environ = {name: value for name, value in os.environ.items() if "LIVECHAT" not in name}
+    environ["PORT"] = str(port)
+
+    def shell(line):
+        line = line.replace("localhost:3000", f"127.0.0.1:{port}").replace("\\\n", " ")
+        ran = subprocess.run(
+            line, shell=True, cwd=folder, env=environ, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    @contextlib.contextmanager
+    def serving(line):
+        with subprocess.Popen(
+            line,
+            shell=True,
+            cwd=folder,
+            env=environ,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            wait_until(lambda: shell_answers(port), "the service answers")
+            try:
+                yield
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+
+    with serving(start[0]):
+        registered = shell(register)
+        assert VARYING.sub(r'"\1":""', registered) == VARYING.sub(r'"\1":""', shown)
+        assert shell(backup).startswith("backed up to backup.db")
+    (folder / "livechat.db").write_bytes(b"disaster")
+    assert subprocess.run(
+        start[0], shell=True, cwd=folder, env=environ, capture_output=True
+    ).returncode
+    *lines, last = restore
+    for line in lines:
+        shell(line)
+    with serving(last):
+        again = json.loads(shell(register))["visitor"]
+    before = json.loads(registered)["visitor"]
+    assert [again[key] for key in ("_id", "username", "ts")] == [
+        before[key] for key in ("_id", "username", "ts")
+    ]
+
+
+def shell_answers(port):
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
+        return True
+    return False
+
+
+def test_the_table_of_commands_names_exactly_those_of_manage_py():
+    table = README.partition("## Operating")[2].partition("\n## ")[0]
+    helped = subprocess.run(
+        [sys.executable, "manage.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    commands = re.findall(r"^    (\w+) ", helped.stdout, re.MULTILINE)
+    assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == commands

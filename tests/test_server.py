@@ -1,6 +1,5 @@
 """The real gunicorn: what only a socket, a signal or a process shows."""
 
-import json
 import os
 import re
 import shutil
@@ -24,98 +23,6 @@ def post(body, headers=TYPE, length=None):
     return head.encode() + body
 
 
-def chunked(chunks, headers=TYPE):
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"
-    return head.encode() + chunks
-
-
-def chunks(body, size):
-    parts = [body[start : start + size] for start in range(0, len(body), size)]
-    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-
-
-def assert_answer(answer, status, error_type=None):
-    head, body = answer
-    assert head.startswith(f"HTTP/1.1 {status} "), (head, body)
-    headers = head.lower()
-    assert "content-type: application/json\r\n" in headers
-    assert "cache-control: no-store\r\n" in headers
-    assert "x-content-type-options: nosniff" in headers
-    if error_type:
-        assert list(json.loads(body)) == ["success", "error", "errorType"]
-        assert json.loads(body)["errorType"] == error_type
-
-
-LARGEST = REGISTER + b" " * (65_536 - len(REGISTER))
-
-
-@pytest.mark.parametrize(
-    ("data", "status", "error_type"),
-    [
-        (post(REGISTER), 200, None),
-        (post(REGISTER, ""), 200, None),
-        (chunked(chunks(REGISTER, 1)), 200, None),
-        (chunked(chunks(REGISTER, 10), ""), 200, None),
-        (chunked(chunks(LARGEST, 4096)), 200, None),
-        (chunked(b"19;a=b\r\n" + REGISTER + b"\r\n0\r\nX-Trailer: 1\r\n\r\n"), 200, None),
-        (chunked(b"0\r\n\r\n"), 400, "invalid-params"),
-        (chunked(chunks(LARGEST + b" ", 4096)), 413, "error-body-too-large"),
-        (
-            chunked(chunks(LARGEST + b" ", 4096), "Content-Type: x/y\r\n"),
-            413,
-            "error-body-too-large",
-        ),
-        (post(LARGEST + b" "), 413, "error-body-too-large"),
-        (post(b"", length=100_000_000), 413, "error-body-too-large"),
-        (post(REGISTER, length=100), 400, "error-incomplete-body"),
-        (post(b"", length=5), 400, "error-incomplete-body"),
-        (post(REGISTER, "Content-Type: x/y\r\n", length=100), 415, "error-unsupported-media-type"),
-        (post(b"", "Content-Type: x/y\r\n", length=5), 415, "error-unsupported-media-type"),
-        (post(b"", "Content-Type: x/y\r\n"), 400, "invalid-params"),
-        (chunked(chunks(REGISTER, 10)[:-5]), 400, "error-incomplete-body"),
-        (chunked(chunks(REGISTER, 10)[:-2]), 400, "error-incomplete-body"),
-        (chunked(b"5\r\n{"), 400, "error-incomplete-body"),
-        (chunked(b""), 400, "error-incomplete-body"),
-        (chunked(b"x\r\n{}\r\n0\r\n\r\n"), 400, "error-incomplete-body"),
-        (chunked(b"2\r\n{}xx0\r\n\r\n"), 400, "error-incomplete-body"),
-        (chunked(b"2;\x01\r\n{}\r\n0\r\n\r\n"), 400, "error-incomplete-body"),
-        (chunked(b"2\r\n{}\r\n0\r\nbad trailer\r\n\r\n"), 400, "error-incomplete-body"),
-        (chunked(b"x", "Content-Type: x/y\r\n"), 415, "error-unsupported-media-type"),
-        (
-            b"FOO /api/v1/livechat/visitor HTTP/1.1\r\nHost: x\r\n\r\n",
-            405,
-            "error-method-not-allowed",
-        ),
-        (b"nonsense\r\n\r\n", 400, "error-invalid-request"),
-        (b"GET / HTTP/9\r\n\r\n", 400, "error-invalid-request"),
-        (b"GET /secret\x01 HTTP/1.1\r\n\r\n", 400, "error-invalid-request"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400, "error-invalid-request"),
-        (post(REGISTER, length="-1"), 400, "error-invalid-request"),
-        (post(REGISTER, length="x"), 400, "error-invalid-request"),
-        (post(REGISTER, TYPE + "Content-Length: 3\r\n"), 400, "error-invalid-request"),
-        (post(REGISTER, TYPE + "Transfer-Encoding: chunked\r\n"), 400, "error-invalid-request"),
-        (post(REGISTER, TYPE + "Transfer-Encoding: x\r\n"), 501, "error-invalid-request"),
-        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414, "error-invalid-request"),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 9000 + b"\r\n\r\n", 431, "error-invalid-request"),
-        (b"GET / HTTP/1.1\r\nExpect: secret\r\n\r\n", 417, "error-invalid-request"),
-    ],
-    ids=lambda value: repr(value)[-60:] if isinstance(value, bytes) else None,
-)
-def test_what_only_a_socket_can_send(shared_server, data, status, error_type):
-    before = shared_server.query("SELECT count(*) FROM visitor WHERE token != 't'")
-    assert_answer(shared_server.raw(data), status, error_type)
-    assert shared_server.query("SELECT count(*) FROM visitor WHERE token != 't'") == before
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory):
-    from tests.server import Server
-
-    server = Server(tmp_path_factory.mktemp("server")).wait()
-    yield server
-    server.kill()
-
-
 def test_a_413_arrives_while_the_client_still_sends(server):
     with server.connect() as client:
         client.sendall(post(b"", length=10_000_000))
@@ -137,24 +44,15 @@ def test_the_log_has_a_line_a_request_and_nothing_of_the_client(make_server, arg
     server.register("secret", name="secret", email="secret@example.org")
     server.request("GET", "/secret?secret", headers={"User-Agent": "secret", "Referer": "secret"})
     server.request("POST", f"{PATH}?secret", b'{"secret": 1}')
-    for hostile in (
-        b"GET /secret\x1b[1m HTTP/1.1\r\n\r\n",
-        b"SECRET /secret%0d%0aPOST%20/forged%20200 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /secret HTTP/9\r\n\r\n",
-        b"GET / HTTP/1.1\r\nsecret\r\n\r\n",
-        b"GET / HTTP/1.1\r\nX: secret\x0bsecret\r\n\r\n",
-        post(b"{}", TYPE + "Content-Length: secret\r\n"),
-        chunked(b"secret\r\n"),
-    ):
-        server.raw(hostile)
+    server.raw(b"SECRET /secret HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.raw(b"GET /secret HTTP/9\r\n\r\n")
     assert server.stop() == 0
     log = server.log()
     assert "secret" not in log.lower().replace(str(server.database).lower(), "")
-    assert "forged" not in log
     assert "127.0.0.1" not in log.replace(f"http://127.0.0.1:{server.port}", "")
     lines = re.findall(r"\[INFO\] ([A-Z]+ \S+ \d+) \d+ ms$", log, re.MULTILINE)
     lines = [line for line in lines if line != "GET - 404"]
-    assert lines == [f"POST {PATH} 200", f"POST {PATH} 400", "TRACE - 404", f"POST {PATH} 400"]
+    assert lines == [f"POST {PATH} 200", f"POST {PATH} 400", "TRACE - 404"]
 
 
 def test_the_start_says_which_database_it_opened(make_server):
@@ -235,19 +133,6 @@ def test_a_port_that_is_taken_stops_the_start(make_server):
     assert "already in use" in server.log()
 
 
-def test_a_worker_boots_whatever_state_the_database_is_in(server):
-    away = server.database.with_name("away.db")
-    for worker in server.workers():
-        os.kill(worker, signal.SIGTERM)
-    server.database.rename(away)
-    wait_until(lambda: server.log().count("Booting worker") == 4, "new workers have booted")
-    status, headers, _ = server.request("POST", PATH, REGISTER)
-    assert (status, headers["Retry-After"]) == (503, "5")
-    away.rename(server.database)
-    assert server.register("t")[0] == 200
-    assert server.process.poll() is None
-
-
 def test_gunicorn_alone_in_the_checkout_and_make_run_listen_on_this_machine_alone(make_server):
     # On port 3000 where it is free; the port is not what this shows.
     for command, port in ((["gunicorn"], None), (["make", "-s", "run"], "0")):
@@ -278,8 +163,9 @@ def test_no_control_socket_is_made(server):
     assert not (folder / ".gunicorn").exists()
 
 
-def test_threads_of_gunicorn_serve_as_well(make_server):
-    server = make_server(GUNICORN_CMD_ARGS="-k gthread --threads 8").wait()
+@pytest.mark.parametrize("arguments", ["-k gthread --threads 8", "-k sync --threads 1"])
+def test_other_workers_of_gunicorn_serve_as_well(make_server, arguments):
+    server = make_server(GUNICORN_CMD_ARGS=arguments).wait()
     statuses = []
     threads = [
         threading.Thread(target=lambda n=n: statuses.append(server.register(f"t{n}")[0]))
