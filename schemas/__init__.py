@@ -67,13 +67,38 @@ def _properties(
         return
     for key, value in instance.items():
         if key in properties:
-            yield from validator.descend(value, properties[key], path=key, schema_path=key)
+            yield from _descend(validator, properties[key], value, key)
         elif schema.get("additionalProperties") is False:
             yield ValidationError("", validator="additionalProperties", path=(key[:QUOTED],))
 
 
+def _items(
+    validator: Any, items: Mapping[str, Any], instance: Any, _schema: Mapping[str, Any]
+) -> Iterator[ValidationError]:
+    """Check the items of an array, each alike."""
+    if validator.is_type(instance, "array"):
+        for index, value in enumerate(instance):
+            yield from _descend(validator, items, value, index)
+
+
+# The validators of the schemas within a schema, which each keeps, by its id: jsonschema would make
+# one for each value, which is half of the cost of a check.
+_within: dict[int, Any] = {}
+
+
+def _descend(
+    validator: Any, schema: Mapping[str, Any], value: Any, step: int | str
+) -> Iterator[ValidationError]:
+    within = _within.get(id(schema))
+    if within is None:
+        within = _within[id(schema)] = validator.evolve(schema=schema)
+    for error in within.iter_errors(value):
+        error.path.appendleft(step)
+        yield error
+
+
 _ClientOrder: Any = extend(  # type: ignore[no-untyped-call] # the stubs leave it without types
-    Draft202012Validator, {"properties": _properties}
+    Draft202012Validator, {"properties": _properties, "items": _items}
 )
 
 # What a refusal says, by keyword. jsonschema's own message quotes the data, and is never used.
