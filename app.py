@@ -18,6 +18,7 @@ from resources import custom_fields, errors, service, visitor, visitors
 from resources.errors import log
 from resources.rate_limit import RateLimit
 from settings import Settings
+from worker import in_thread
 
 
 class Request(falcon.Request):
@@ -113,7 +114,7 @@ def create_app(
 def get_app() -> falcon.App[Any, Any]:
     """Return the application that the environment describes; gunicorn's `wsgi_app` calls it."""
     settings = Settings.from_environ()
-    database = storage.Database(settings.database)
+    database = storage.Database(settings.database, in_thread)
     atexit.register(database.close)  # who closes last moves the WAL into the database file
     store = storage.VisitorStore(database, settings.match, settings.custom_fields)
     return create_app(store, settings)

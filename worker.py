@@ -1,21 +1,32 @@
-"""gunicorn's threads, of which a request gets one only when all of it has come.
+"""gunicorn's worker with greenlets: a connection costs some KB of memory, and no thread.
 
-By itself gunicorn gives a connection a thread, or a whole worker, as soon as it is there: whoever
-sends half a request, or nothing, keeps it. Here that waits in the worker's poller, which costs
-some bytes of memory, until it is whole or has had its time; so does the end of a connection.
+Here a request is handed to the service when all of it has come, or has had its time; so nobody who
+sends half a request, or reads no answer, holds up anybody else, and each is told what happened.
 A request of ours has 64 KiB at most, which is what makes this small.
 """
+
+from __future__ import annotations
 
 import errno
 import json
 import re
-import selectors
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
+from types import FrameType
+from typing import Any
 
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from gevent.pool import Pool
+from gevent.server import StreamServer
+from gevent.util import wrap_errors
+from greenlet import greenlet
+from gunicorn.http import get_parser
 from gunicorn.http.errors import (
     ExpectationFailed,
     LimitRequestHeaders,
@@ -23,220 +34,230 @@ from gunicorn.http.errors import (
     ParseException,
     UnsupportedTransferCoding,
 )
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.ggevent import GeventWorker
 
-REQUEST_TIME = 10  # seconds in which a request has to come; what is kept alive has `keepalive`
+REQUEST_TIME = 10  # seconds in which a request has to come; the next one may wait `keepalive`
 ANSWER_TIME = 10  # seconds in which a client has to take its answer
 LINGER_TIME = 2  # seconds for which a client may still send after its answer: RFC 9112, 9.6
-LARGEST = 73_728  # bytes of a request that wait; a larger one is read, or refused, in a thread
 LINGER_READS = 16  # of 64 KiB, at most, meanwhile
-ANSWER = 2**18  # bytes of an answer that wait in the kernel, not in a thread, for a client to read
+LARGEST = 73_728  # bytes of a request that are waited for; what is larger, the service refuses
+PIECE = 16_384  # bytes that are read at a time
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length[ \t]*:[ \t]*(\d{1,9})[ \t]*\r\n")
 _CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
 _EXPECT = re.compile(rb"(?i)\r\nexpect[ \t]*:[ \t]*100-continue[ \t]*(?=\r\n)")
 
 
-class Worker(ThreadWorker):
-    """One process of the service; runs in its main thread, but for `handle`."""
+def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns that waits for the disk; other requests go on meanwhile."""
+    if monkey.is_module_patched("threading"):
+        # What a thread raises gevent prints.
+        outcome = gevent.get_hub().threadpool.apply(wrap_errors((Exception,), call), arguments)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    return call(*arguments)  # another class of worker
 
-    def __init__(self, *args, **kwargs):
+
+class RequestTimeout(ParseException):
+    """A request that did not come in time."""
+
+
+class Worker(GeventWorker):
+    """One process of the service."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lingering = {}  # socket: when it ends, and how many reads it may still cause
+        self._stopping = Event()
+        self._idle: set[greenlet] = set()  # whose clients ask nothing, or nothing more
 
-    def accept(self, listener):
-        """Take a connection, which waits for its request."""
+    @classmethod
+    def setup(cls) -> None:
+        """Let locks be those of greenlets; gunicorn calls this before it loads the service.
+
+        The rest follows in the worker: a master with gevent's fork notices no worker's end.
+        """
+        monkey.patch_thread()
+
+    def run(self) -> None:
+        """Serve until it is told to stop, and then finish the requests that have begun to come."""
+        pool = Pool(self.worker_connections)
+        servers = [
+            StreamServer(listener, partial(self.handle, listener), spawn=pool)
+            for listener in self.sockets
+        ]
+        for server in servers:
+            server.max_accept = 1  # at a time, so that the other workers get their share
+            server.start()
+        while self.alive:
+            self.notify()
+            self._stopping.wait(1)
+        for server in servers:
+            server.close()
+        gevent.killall(list(self._idle))
+        ends = time.monotonic() + self.cfg.graceful_timeout
+        while len(pool) and time.monotonic() < ends:
+            self.notify()
+            pool.join(timeout=1)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop in order."""
+        super().handle_exit(sig, frame)
+        self._stopping.set()
+
+    def handle(self, listener: Any, client: Any, address: Any) -> None:
+        """Answer the requests of a connection, one after the other."""
+        connection = Connection(client)
         try:
-            client, address = listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.01)  # until a connection ends; it stays in the kernel's queue
-            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EWOULDBLOCK):
-                raise
-            return
-        self.nr_conns += 1
-        client = Socket(fileno=client.detach())
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER)
-        self._wait(Connection(self, self.cfg, client, address, listener.getsockname()))
+            self._serve(connection, listener.getsockname(), address)
+        except (StopIteration, OSError):
+            pass  # it ends here, as either side wants
+        except Exception as error:
+            self.handle_error(None, connection, address, error)
+        connection.close()
 
-    def on_client_socket_readable(self, conn, client):
-        """Wait for the next request of a connection that was kept alive."""
-        self.poller.unregister(client)
-        self.keepalived_conns.remove(conn)
-        self._wait(conn)
+    def _serve(self, connection: Connection, name: Any, address: Any) -> None:
+        as_socket: Any = connection  # of which gunicorn asks no more than that
+        parser = get_parser(self.cfg, as_socket, address)
+        patience = REQUEST_TIME
+        while self._is_asked(connection, patience):
+            connection.receive_all()
+            self.handle_request(name, next(parser), as_socket, address)
+            connection.send_answer()
+            if not self.alive:
+                break
+            connection.take_back(parser)
+            patience = self.cfg.keepalive
 
-    def _wait(self, conn):
-        conn.timeout = time.monotonic() + REQUEST_TIME
-        if conn.receive():  # mostly all of it is there already
-            self._begin(conn)
-        else:
-            self.pending_conns.append(conn)
-            on_more = partial(self._receive_more, conn)
-            self.poller.register(conn.sock, selectors.EVENT_READ, on_more)
+    def _is_asked(self, connection: Connection, patience: float) -> bool:
+        """Return whether a request begins within so many seconds."""
+        current = gevent.getcurrent()
+        self._idle.add(current)
+        try:
+            return connection.begins(patience)
+        finally:
+            self._idle.discard(current)
 
-    def _receive_more(self, conn, client):
-        if conn.receive():
-            self.poller.unregister(client)
-            self.pending_conns.remove(conn)
-            self._begin(conn)
-
-    def _begin(self, conn):
-        if conn.received:
-            self.enqueue_req(conn)
-        else:  # it has ended without a request
-            self.nr_conns -= 1
-            conn.close()
-
-    def handle(self, conn):
-        """Answer the request, in a thread of its own."""
-        conn.sock.ends = time.monotonic() + REQUEST_TIME  # for what is too large to wait
-        if _CHUNKED.search(conn.received, 0, conn.received.find(b"\r\n\r\n") + 1):
-            conn.sock.left = LARGEST - len(conn.received)
-        conn.init()
-        conn.parser.unreader.unread(bytes(conn.received))
-        conn.received.clear()
-        conn.data_ready = True
-        return super().handle(conn)
-
-    def _keepalive_after(self, conn, keepalive):
-        """Keep no connection whose request is not all read; gunicorn waits for the rest of it."""
-        conn.sock.ends, conn.sock.left = 0, None
-        return super()._keepalive_after(conn, keepalive)
-
-    def handle_error(self, _req, client, _addr, error):
+    def handle_error(self, _req: Any, client: Any, _addr: Any, error: BaseException) -> None:
         """Refuse, in our shape, what the service does not see."""
         refuse(self.log, client, error)
 
-    def murder_pending(self):
-        """End what has had its time; a stopping worker has none for who has asked nothing."""
-        now = time.monotonic()
-        while self.pending_conns:
-            conn = self.pending_conns[0]
-            if now < conn.timeout and (self.alive or conn.received):
-                break
-            self.pending_conns.popleft()
-            self.poller.unregister(conn.sock)
-            self.nr_conns -= 1
-            if conn.received:
-                self.log.warning("A request did not come in time")
-                error = "The request did not come in time", "error-request-timeout"
-                answer(conn.sock, HTTPStatus.REQUEST_TIMEOUT, *error)
-            conn.close(graceful=bool(conn.received))
-        for client in [one for one, (ends, _) in self._lingering.items() if ends < now]:
-            self._let_go(client)
 
-    def linger(self, client):
-        """Close a connection once its client has, so that nothing it still sends cuts its answer.
+class Connection:
+    """A client's socket, as gunicorn's parser and answers use it; no client holds it for long."""
 
-        gunicorn's own way does that too, and waits in the thread that accepts connections.
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._received = bytearray()  # of the next request, and not yet parsed
+        self._answer = bytearray()  # and not yet sent
+        self._ends = 0.0  # seconds of `time.monotonic` at which nothing more is read of a request
+        self._left: int | None = None  # bytes that are still read of it; any number without one
+
+    def begins(self, seconds: float) -> bool:
+        """Wait for the first bytes of a request; return whether they have come."""
+        self._ends = time.monotonic() + seconds
+        if not self._received:
+            with suppress(TimeoutError):
+                self._received += self._read()
+        self._ends = time.monotonic() + REQUEST_TIME
+        return bool(self._received)
+
+    def receive_all(self) -> None:
+        """Wait until all of the request is there, or so much that it is for the service to refuse.
+
+        Raise `RequestTimeout`.
         """
-        try:
-            client.setblocking(False)
-            client.shutdown(socket.SHUT_WR)
-        except OSError:
-            client.close()
-            return
-        self.nr_conns += 1
-        self._lingering[client] = time.monotonic() + LINGER_TIME, LINGER_READS
-        self.poller.register(client, selectors.EVENT_READ, self._drain)
+        while not is_whole(self._received):
+            # A client that waits to be asked for the body is asked here.
+            expects = _EXPECT.search(self._received, 0, self._received.find(b"\r\n\r\n") + 2)
+            if expects:
+                del self._received[slice(*expects.span())]
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                data = self._read()
+            except TimeoutError:
+                raise RequestTimeout from None
+            if not data:
+                break
+            self._received += data
+        chunked = _CHUNKED.search(self._received, 0, self._received.find(b"\r\n\r\n") + 1)
+        self._left = LARGEST - len(self._received) if chunked else None
 
-    def _drain(self, client):
-        ends, reads = self._lingering[client]
-        self._lingering[client] = ends, reads - 1
-        try:
-            more = client.recv(65_536)
-        except BlockingIOError:
-            return
-        except OSError:
-            more = b""
-        if not more or not reads:
-            self._let_go(client)
+    def take_back(self, parser: Any) -> None:
+        """Take from the parser what it has read of the next request.
 
-    def _let_go(self, client):
-        del self._lingering[client]
-        self.poller.unregister(client)
-        client.close()
-        self.nr_conns -= 1
+        Raise `OSError` where the end of this one is not there.
+        """
+        self._left = 0
+        if not parser.finish_body():
+            raise gone()
+        self._received[:0] = parser.unreader.take_buffered()
 
-
-class Connection(TConn):
-    """A connection with what has come of its request, which is not yet whole."""
-
-    def __init__(self, worker, *args):
-        super().__init__(*args)
-        self.received = bytearray()
-        self._worker = worker
-
-    def receive(self):
-        """Read what there is; return whether nothing more is to be waited for."""
-        try:
-            data = self.sock.recv(max(1, LARGEST + 1 - len(self.received)))
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        self.received += data
-        if not data or is_whole(self.received):
-            return True
-        # A client that waits to be asked for the body is asked here, and not in a thread.
-        expects = _EXPECT.search(self.received, 0, self.received.find(b"\r\n\r\n") + 2)
-        if expects:
-            del self.received[slice(*expects.span())]
-            with suppress(OSError):
-                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return False
-
-    def close(self, graceful=False):
-        """Close it, at once or as soon as the client has its answer."""
-        if graceful:
-            self._worker.linger(self.sock)
-        else:
-            super().close()
-
-
-class Socket(socket.socket):
-    """A socket whose client cannot hold a thread for long."""
-
-    ends = None  # seconds of `time.monotonic` at which nothing more is read in a thread
-    left = None  # bytes that are still read in a thread; any number without one
-
-    def recv(self, size):
-        """Read as ever; a client that has had its time counts as one that is gone.
+    def recv(self, size: int) -> bytes:
+        """Return bytes of the request; a client that has had its time counts as one that is gone.
 
         Raise EMSGSIZE for a body in so many chunks that to read them would cost too much.
         """
-        if self.gettimeout() == 0:  # in the main thread, which does not wait
-            return super().recv(size)
-        if self.left is not None and self.left <= 0:
+        if self._received:
+            data = bytes(self._received[:size])
+            del self._received[:size]
+            return data
+        if self._left is not None and self._left <= 0:
             raise OSError(errno.EMSGSIZE, "too many chunks")
-        self.settimeout(max(0.001, self.ends - time.monotonic()))
         try:
-            data = super().recv(size)
+            data = self._read()
         except TimeoutError:
             raise gone() from None
-        if self.left is not None:
-            self.left -= len(data)
+        if self._left is not None:
+            self._left -= len(data)
         return data
 
-    def sendall(self, *args):
-        """Write as ever; a client that takes too long counts as one that is gone."""
-        self.settimeout(ANSWER_TIME)  # for all of it
-        try:
-            super().sendall(*args)
-        except TimeoutError:
-            raise gone() from None
+    def _read(self) -> bytes:
+        """Return what comes next, nothing at the end; raise `TimeoutError`."""
+        self._client.settimeout(max(0.001, self._ends - time.monotonic()))
+        data: bytes = self._client.recv(PIECE)
+        return data
+
+    def send(self, data: bytes | bytearray) -> None:
+        """Send at once."""
+        self._client.settimeout(ANSWER_TIME)  # for all of it
+        self._client.sendall(data)
+
+    def sendall(self, data: bytes) -> None:
+        """Keep a part of an answer, which is sent as one."""
+        self._answer += data
+
+    def send_answer(self) -> None:
+        """Send the answer; raise `OSError` where the client does not take it in time."""
+        data, self._answer = self._answer, bytearray()
+        if data:
+            self.send(data)
+
+    def close(self) -> None:
+        """Send the answer and close, once the client has, so that nothing it sends cuts the answer.
+
+        A client that goes on sending has `LINGER_TIME`.
+        """
+        with suppress(OSError):
+            self.send_answer()
+            self._client.shutdown(socket.SHUT_WR)
+            self._ends = time.monotonic() + LINGER_TIME
+            for _ in range(LINGER_READS):
+                if not self._read():
+                    break
+        self._client.close()
 
 
-def gone():
+def gone() -> ConnectionResetError:
     """Return the error of a client that is gone, of which gunicorn makes no noise."""
     return ConnectionResetError(errno.ECONNRESET, "too slow")
 
 
-def is_whole(data):
+def is_whole(data: bytearray) -> bool:
     """Return whether a request has all come, or so much that it is for the service to refuse.
 
     What does not look like HTTP is whole: gunicorn refuses it. A chunked body ends with an empty
-    line; where one is within, the rest is read in a thread.
+    line; where one is within, the rest is read as the service asks for it.
     """
     if len(data) > LARGEST:
         return True
@@ -258,9 +279,13 @@ _STATUS = {
 }
 
 
-def refuse(log, client, error):
+def refuse(log: Any, client: Any, error: BaseException) -> None:
     """Answer what does not come to the service; log its kind, where gunicorn would quote it."""
-    if isinstance(error, ParseException):
+    if isinstance(error, RequestTimeout):
+        log.warning("A request did not come in time")
+        status = HTTPStatus.REQUEST_TIMEOUT
+        answer(client, status, "The request did not come in time", "error-request-timeout")
+    elif isinstance(error, ParseException):
         status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
         log.warning("Invalid request: %s", type(error).__name__)
         answer(client, status, "The request is not valid HTTP", "error-invalid-request")
@@ -270,7 +295,7 @@ def refuse(log, client, error):
         answer(client, status, "Internal server error", "error-internal")
 
 
-def answer(client, status, reason, kind):
+def answer(client: Any, status: HTTPStatus, reason: str, kind: str) -> None:
     """Send an error in the service's shape (contract, section 1), if the client is still there."""
     body = {"success": False, "error": f"{reason} [{kind}]", "errorType": kind}
     data = json.dumps(body, separators=(",", ":")).encode()

@@ -48,10 +48,9 @@ SERVERS = {
     SERVICE: Kind(DISK),
     MATCHING: Kind(DISK, environ={"LIVECHAT_MATCH": "token,phone,email"}),
     ONE_WORKER: Kind(DISK, environ={"WEB_CONCURRENCY": "1"}),
-    GTHREAD: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k gthread"}),
-    # A sync worker, which gunicorn makes of no other number of threads, has one request at a time,
-    # so that no two can share a commit.
-    ALONE: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k sync --threads 1"}),
+    GTHREAD: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k gthread --threads 16"}),
+    # A sync worker has one request at a time, so that no two can share a commit.
+    ALONE: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k sync"}),
     CEILINGS[0]: Kind("nothing", f"{CEILING} -k sync", keeps=""),
     CEILINGS[1]: Kind("nothing", f"{CEILING} -k gthread --threads 16", keeps=""),
     RAW: Kind(DISK, f"{sys.executable} -m bench.ceiling {{database}} {{seconds}}"),

@@ -14,7 +14,7 @@ from tests.slow import ATTACKS, Attack, wait_of_others
 WORKERS = {
     "ours": None,
     "gthread, 16 threads": "-k gthread --threads 16",
-    "sync": "-k sync --threads 1",  # with more gunicorn takes gthread
+    "sync": "-k sync",
 }
 
 

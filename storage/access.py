@@ -14,6 +14,7 @@ from storage.connection import (
     APPLICATION_ID,
     FAULTS,
     TIMEOUT,
+    Run,
     configure,
     connect,
     describe,
@@ -37,8 +38,9 @@ class Access:
 
     wal_pages = 0  # in the WAL after the last commit of this connection
 
-    def __init__(self, path: str, checkpoints: bool = False) -> None:
+    def __init__(self, path: str, run: Run, checkpoints: bool = False) -> None:
         self._path = path
+        self._run = run
         self._checkpoints = checkpoints
         self._free = threading.Lock()
         self._connection: apsw.Connection | None = None
@@ -66,7 +68,7 @@ class Access:
     def connection(self) -> apsw.Connection:
         """Return the connection, to whoever holds it."""
         if self._connection is None:
-            self._connection = self._open()
+            self._connection = self._run(self._open)
         return self._connection
 
     def close(self) -> None:
@@ -103,11 +105,12 @@ class Accesses:
     They let go of files that somebody has removed, replaced or cut under them.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, run: Run) -> None:
         self._path = path
-        self.writer = Access(path)
-        self.reader = Access(path)
-        self.checkpointer = Access(path, checkpoints=True)
+        self._run = run
+        self.writer = Access(path, run)
+        self.reader = Access(path, run)
+        self.checkpointer = Access(path, run, checkpoints=True)
         self._all = (self.writer, self.reader, self.checkpointer)
         self._in_vain = (0.0, 0.0)  # how long a checkpoint waited so, and until when that counts
 
@@ -125,9 +128,8 @@ class Accesses:
         """Return what `work` reads on one state; for whoever holds the reader."""
         if anew:
             self.reader.close()
-        connection = self.reader.connection()
-        with transaction(connection, "DEFERRED"):
-            return work(connection)
+        result: T = self._run(_read, self.reader.connection(), work)
+        return result
 
     def checkpoint(self, mode: str, wait: float) -> bool:
         """Move the WAL into the database, waiting for readers so many seconds; return if all went.
@@ -143,7 +145,7 @@ class Accesses:
             connection = self.checkpointer.connection()
             connection.set_busy_timeout(20 if wait else 0)
             while True:
-                busy, pages, moved = connection.pragma("wal_checkpoint", mode)
+                busy, pages, moved = self._run(connection.pragma, "wal_checkpoint", mode)
                 if not busy and pages == moved:
                     return True
                 if mode == "PASSIVE" or time.monotonic() > deadline:
@@ -191,7 +193,11 @@ class Accesses:
         """Close them, so that the WAL goes into the database where nobody else has it open."""
         if not any(access.is_open for access in self._all):
             return
-        with suppress(Unavailable), self.writer.held(deadline), turn(self._path, deadline) as lock:
+        with (
+            suppress(Unavailable),
+            self.writer.held(deadline),
+            turn(self._path, deadline, self._run) as lock,
+        ):
             self.follow(lock, deadline)
             with self.reader.held(deadline), self.checkpointer.held(deadline):
                 merge_on_close(self.checkpointer.connection())
@@ -200,3 +206,8 @@ class Accesses:
                     access.close()
         for access in self._all:
             access.close()
+
+
+def _read(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> T:
+    with transaction(connection, "DEFERRED"):
+        return work(connection)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import apsw
 
 from storage.access import Unavailable
 from storage.connection import FAULTS, savepoint
 
+T = TypeVar("T")
 
-class Change:
+
+class Change(Generic[T]):
     """A call of `Database.write`; its thread waits until it is settled, or is to lead."""
 
-    def __init__(self, work: Callable[[apsw.Connection], Any], erases: bool) -> None:
+    def __init__(self, work: Callable[[apsw.Connection], T], erases: bool) -> None:
         self._work = work
         self.erases = erases  # until it is known that it has failed
         self.leads = False  # whether its thread is to do what waits
-        self._result: Any = None
+        self._result: Any = None  # what `work` returns
         self._error: Exception | None = None
         self._settled = False
         self._woken = threading.Lock()
@@ -53,8 +55,9 @@ class Change:
         """Wait until the change is settled or its thread is to lead; return whether it is so."""
         return self._woken.acquire(timeout=-1 if seconds is None else max(0, seconds))
 
-    def outcome(self) -> Any:
+    def outcome(self) -> T:
         """Return what the work returned, or raise what it raised or why it was not done."""
         if self._error is not None:
             raise self._error
-        return self._result
+        result: T = self._result
+        return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from json import JSONDecodeError
+from typing import Any
 
 import apsw
 
@@ -81,18 +82,30 @@ def check_pages(connection: apsw.Connection) -> None:
         raise apsw.CorruptError("the database is damaged")  # SQLite's words are of several lines
 
 
+# How a function that waits for the disk or for another program is called with its arguments. Where
+# all that a process does shares one thread, such a call is made in another one.
+Run = Callable[..., Any]
+
+
+def directly(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it here, as where each thread has work of its own."""
+    return call(*arguments)
+
+
 @contextmanager
-def transaction(connection: apsw.Connection, mode: str = "IMMEDIATE") -> Generator[None]:
-    """Commit what is done inside, or roll it back where it raises.
+def transaction(
+    connection: apsw.Connection, mode: str = "IMMEDIATE", run: Run = directly
+) -> Generator[None]:
+    """Commit what is done inside, or roll it back where it raises; `run` waits for the disk.
 
     IMMEDIATE is for writers: a deferred one that turns writer fails at once where another writes.
     apsw's own `with connection` holds the interpreter lock while it waits and while it commits,
     so that no other thread runs.
     """
-    connection.execute(f"BEGIN {mode}")
+    run(connection.execute, f"BEGIN {mode}")
     try:
         yield
-        connection.execute("COMMIT")
+        run(connection.execute, "COMMIT")
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")

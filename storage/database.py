@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import apsw
 
 from storage.access import Accesses, Unavailable
 from storage.change import Change
-from storage.connection import TIMEOUT, transaction
+from storage.connection import TIMEOUT, Run, directly, transaction
 from storage.files import wal_is_whole
 from storage.lock import Lock, Note, WalRemoved, turn
 
@@ -28,14 +28,14 @@ class Database:
     """The prepared file at `path`, for any number of threads; opened at its first use.
 
     A commit waits for the disk, so writes that wait at one moment share one: one thread leads,
-    and does the others' work with its own.
+    and does the others' work with its own. What waits is called by `run`.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._accesses = Accesses(path)
+    def __init__(self, path: str, run: Run = directly) -> None:
+        self._path, self._run = path, run
+        self._accesses = Accesses(path, run)
         self._mutex = threading.Lock()  # of the next two
-        self._waiting: list[Change] = []
+        self._waiting: list[Change[Any]] = []
         self._led = False  # whether a thread leads
         self._checkpointed = 0  # pages in the WAL at the last checkpoint
 
@@ -57,8 +57,7 @@ class Database:
             self._led = True
         if change.leads or self._is_next(change, deadline):
             self._lead(change, deadline)
-        result: T = change.outcome()
-        return result
+        return change.outcome()
 
     def read(self, work: Callable[[apsw.Connection], T], anew: bool = False) -> T:
         """Run `work`, which only reads, on one state; return what it returns, which is no cursor.
@@ -66,8 +65,7 @@ class Database:
         What is read `anew` comes from the files, and not from what was read before.
         Raise `Unavailable` where the database cannot be read within `TIMEOUT`.
         """
-        deadline = time.monotonic() + TIMEOUT
-        accesses = self._accesses
+        deadline, accesses = time.monotonic() + TIMEOUT, self._accesses
         try:
             with accesses.reader.held(deadline):
                 if not accesses.have_moved():
@@ -75,7 +73,7 @@ class Database:
         except Unavailable as fault:
             if not isinstance(fault.__cause__, WalRemoved):
                 raise
-        with accesses.writer.held(deadline), turn(self._path, deadline) as lock:
+        with accesses.writer.held(deadline), turn(self._path, deadline, self._run) as lock:
             accesses.follow(lock, deadline)
         with accesses.reader.held(deadline):
             return accesses.read(work, anew)
@@ -84,7 +82,7 @@ class Database:
         """Close the file, if it is open, whose WAL goes into it; the next use opens it again."""
         self._accesses.close(time.monotonic() + TIMEOUT)
 
-    def _is_next(self, change: Change, deadline: float) -> bool:
+    def _is_next(self, change: Change[Any], deadline: float) -> bool:
         """Wait until the change is done, or return True where its thread is to lead."""
         if not change.wait(deadline - time.monotonic()):
             with self._mutex:
@@ -94,19 +92,19 @@ class Database:
             change.wait()  # somebody has taken it up at this moment
         return change.leads
 
-    def _lead(self, change: Change, deadline: float) -> None:
+    def _lead(self, change: Change[Any], deadline: float) -> None:
         """Do all changes that wait, this one among them, in one transaction."""
         changes = [change]
         fault: str | None = "the write was given up"
         try:
             writer = self._accesses.writer
-            with writer.held(deadline), turn(self._path, deadline) as lock:
+            with writer.held(deadline), turn(self._path, deadline, self._run) as lock:
                 self._accesses.follow(lock, deadline)
                 connection = writer.connection()
                 if not wal_is_whole(connection, self._path):
                     raise apsw.IOError(f"{self._path}-wal was cut")
                 connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
-                with transaction(connection):
+                with transaction(connection, run=self._run):
                     with self._mutex:  # only now, when no other could have been done before
                         changes, self._waiting = self._waiting, []
                     for one in changes:

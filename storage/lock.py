@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import apsw
 
+from storage.connection import Run, directly
 from storage.files import NONE, NOTHING, Files, size
 
 LENGTH = 300  # bytes; always the same, so that a short note leaves nothing of a long one
@@ -46,27 +47,35 @@ class Lock:
 
 
 @contextmanager
-def turn(path: str, deadline: float) -> Generator[Lock]:
-    """Hold the lock file of the database at `path`, where writers queue.
+def turn(path: str, deadline: float, run: Run = directly) -> Generator[Lock]:
+    """Hold the lock file of the database at `path`, where writers queue; `run` waits for it.
 
     SQLite's own waiting polls with growing pauses, so that two busy writers starve each other.
     Raise `apsw.BusyError` at the deadline, in seconds of `time.monotonic`.
     """
     descriptor = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        pause = 0.0001
-        while True:  # a flock(2) that blocks knows no deadline
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise apsw.BusyError("the writers' queue") from None
-            time.sleep(pause)
-            pause = min(2 * pause, 0.001)  # a longer one would starve among busy ones
+        if not _take(descriptor):
+            run(_wait, descriptor, deadline)
         yield Lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait(descriptor: int, deadline: float) -> None:
+    """Look again and again, for a flock(2) that blocks knows no deadline."""
+    while not _take(descriptor):
+        if monotonic() > deadline:
+            raise apsw.BusyError("the writers' queue")
+        sleep(0.0001)  # who sleeps for longer starves among busy ones
 
 
 def check_wal(path: str) -> Note:
