@@ -48,23 +48,14 @@ _CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
 _EXPECT = re.compile(rb"(?i)\r\nexpect[ \t]*:[ \t]*100-continue[ \t]*(?=\r\n)")
 
 
-def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns that waits for the disk; other requests go on meanwhile."""
-    if monkey.is_module_patched("threading"):
-        # What a thread raises gevent prints.
-        outcome = gevent.get_hub().threadpool.apply(wrap_errors((Exception,), call), arguments)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-    return call(*arguments)  # another class of worker
-
-
 class RequestTimeout(ParseException):
     """A request that did not come in time."""
 
 
 class Worker(GeventWorker):
     """One process of the service."""
+
+    has_greenlets = False  # whether this is the class of the workers here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,6 +69,7 @@ class Worker(GeventWorker):
         The rest follows in the worker: a master with gevent's fork notices no worker's end.
         """
         monkey.patch_thread()
+        cls.has_greenlets = True
 
     def run(self) -> None:
         """Serve until it is told to stop, and then finish the requests that have begun to come."""
@@ -141,6 +133,17 @@ class Worker(GeventWorker):
     def handle_error(self, _req: Any, client: Any, _addr: Any, error: BaseException) -> None:
         """Refuse, in our shape, what the service does not see."""
         refuse(self.log, client, error)
+
+
+def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns that waits for the disk; other requests go on meanwhile."""
+    if not Worker.has_greenlets:
+        return call(*arguments)
+    # gevent prints what a thread raises, so nothing does.
+    outcome = gevent.get_hub().threadpool.apply(wrap_errors((Exception,), call), arguments)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class Connection:

@@ -163,7 +163,7 @@ def test_no_control_socket_is_made(server):
     assert not (folder / ".gunicorn").exists()
 
 
-@pytest.mark.parametrize("arguments", ["-k gthread --threads 8", "-k sync"])
+@pytest.mark.parametrize("arguments", ["-k gthread --threads 8", "-k sync", "-k gevent"])
 def test_other_workers_of_gunicorn_serve_as_well(make_server, arguments):
     server = make_server(GUNICORN_CMD_ARGS=arguments).wait()
     statuses = []
