@@ -186,7 +186,8 @@ def test_an_interrupted_command_clears_up_behind_itself(path, fill, tmp_path, co
     # It is held up where it syncs what it wrote, by a debugger's means.
     code = (
         "import manage, os, signal, sys\n"
-        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"  # which a shell's & may ignore
+        "    signal.signal(number, signal.default_int_handler)\n"
         "manage.sync = lambda path: (print(path, flush=True), signal.pause())\n"
         "sys.exit(manage.main(sys.argv[1:]))"
     )
