@@ -69,6 +69,8 @@ def _bind(host: str, port: str) -> str:
     host = host or ("0.0.0.0" if port else "127.0.0.1")
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
+    if port.isdecimal() and int(port) > 65_535:  # of which gunicorn makes a traceback, and late
+        raise SettingError(f"PORT: {port!r} is not a port, which ends at 65535")
     return f"{host}:{port or 3000}"
 
 

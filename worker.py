@@ -68,8 +68,9 @@ class Worker(GeventWorker):
 
         The rest follows in the worker: a master with gevent's fork notices no worker's end.
         """
-        monkey.patch_thread()
-        cls.has_greenlets = True
+        if not cls.has_greenlets:  # else it is a HUP
+            monkey.patch_thread()
+            cls.has_greenlets = True
 
     def run(self) -> None:
         """Serve until it is told to stop, and then finish the requests that have begun to come."""

@@ -32,11 +32,14 @@ def main(seconds):
 def measure(arguments, name, connections, seconds):
     """Return the median and the longest wait, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), GUNICORN_CMD_ARGS=arguments).wait()
-        names = tuple(ATTACKS) if name == "all of these" else (name,)
-        with Attack(server.port, connections, names):
-            waits = wait_of_others(server, seconds)
-        server.kill()
+        server = Server(Path(folder), GUNICORN_CMD_ARGS=arguments)
+        try:
+            server.wait()
+            names = tuple(ATTACKS) if name == "all of these" else (name,)
+            with Attack(server.port, connections, names):
+                waits = wait_of_others(server, seconds)
+        finally:
+            server.kill()
     return f"{statistics.median(waits):.3f}, {max(waits):.1f}"
 
 

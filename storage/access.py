@@ -50,7 +50,7 @@ class Access:
     def held(self, deadline: float) -> Generator[None]:
         """Let no other thread use it meanwhile; turn every fault into `Unavailable`."""
         if not self._free.acquire(timeout=max(0, deadline - time.monotonic())):
-            raise Unavailable("BusyError: the threads' queue")
+            raise Unavailable("BusyError: the queue in this process")
         try:
             yield
         except tuple(FAULTS) as fault:

@@ -88,7 +88,7 @@ class Database:
             with self._mutex:
                 if change in self._waiting and not change.leads:
                     self._waiting.remove(change)
-                    raise Unavailable("BusyError: the threads' queue")
+                    raise Unavailable("BusyError: the queue in this process")
             change.wait()  # somebody has taken it up at this moment
         return change.leads
 

@@ -95,7 +95,7 @@ def refusals(path: str) -> Generator[None]:
     try:
         yield
     except apsw.NotADBError:
-        raise PrepareError(f"{path}: not a SQLite database") from None
+        raise PrepareError(f"{path}: not a SQLite database; if it was, restore a backup") from None
     except IsADirectoryError as fault:
         raise PrepareError(f"{fault.filename}: a folder, not a file") from None
     except (FileExistsError, NotADirectoryError):

@@ -111,6 +111,7 @@ def test_term_finishes_the_running_request_and_exits_0(server):
         ({"LIVECHAT_DB": str(ROOT / "README.md")}, f"{ROOT / 'README.md'}: not a SQLite database"),
         ({"LIVECHAT_DB": "/proc/livechat.db"}, "/proc/livechat.db: cannot be used: No such file"),
         ({"PORT": "x"}, "'x' is not a valid port number."),
+        ({"PORT": "70000"}, "PORT: '70000' is not a port, which ends at 65535"),
         ({"WEB_CONCURRENCY": "x"}, "'x'"),
     ],
     ids=str,
@@ -124,6 +125,18 @@ def test_a_value_that_cannot_be_meant_stops_the_start(make_server, environ, said
         assert len([line for line in server.log().splitlines() if "[INFO]" not in line]) == 1
     assert os.stat(ROOT / "README.md").st_mode == mode
     assert not (ROOT / "README.md-lock").exists()
+
+
+def test_hup_replaces_the_workers_without_a_word_of_the_clients(make_server):
+    server = make_server().wait()
+    for number in range(2):
+        before = set(server.workers())
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda before=before: len(set(server.workers()) - before) == 2, "new ones boot")
+        wait_until(lambda before=before: not set(server.workers()) & before, "the old ones end")
+        assert server.register(f"t{number}")[0] == 200
+    assert server.stop() == 0
+    assert all(line.startswith("[") for line in server.log().splitlines())
 
 
 def test_a_port_that_is_taken_stops_the_start(make_server):
