@@ -62,7 +62,7 @@ def on_starting(server):
 def post_fork(server, worker):
     """Let a worker end with its master, and one of another class than ours refuse in our shape.
 
-    By itself it would notice the end of its master after 15 seconds, in which no other could have
+    By itself it notices the end of its master after a second, or 15, in which no other could have
     the port.
     """
     if not isinstance(worker, Worker):

@@ -29,6 +29,7 @@ from greenlet import greenlet
 from gunicorn.http import get_parser
 from gunicorn.http.errors import (
     ExpectationFailed,
+    InvalidRequestLine,
     LimitRequestHeaders,
     LimitRequestLine,
     ParseException,
@@ -41,8 +42,11 @@ ANSWER_TIME = 10  # seconds in which a client has to take its answer
 LINGER_TIME = 2  # seconds for which a client may still send after its answer: RFC 9112, 9.6
 LINGER_READS = 16  # of 64 KiB, at most, meanwhile
 LARGEST = 73_728  # bytes of a request that are waited for; what is larger, the service refuses
+LONGEST_LINE = 8_192  # bytes of the first line that are waited for; gunicorn takes 4,094
 PIECE = 16_384  # bytes that are read at a time
 
+_FIRST_BYTE = re.compile(rb"[!-~\r]")  # and so not of TLS
+_FIRST_LINE = re.compile(rb"\r\n|[!-~]+ [^ \r\n]+ HTTP/\d\.\d\r\n")
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length[ \t]*:[ \t]*(\d{1,9})[ \t]*\r\n")
 _CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
 _EXPECT = re.compile(rb"(?i)\r\nexpect[ \t]*:[ \t]*100-continue[ \t]*(?=\r\n)")
@@ -169,9 +173,10 @@ class Connection:
     def receive_all(self) -> None:
         """Wait until all of the request is there, or so much that it is for the service to refuse.
 
-        Raise `RequestTimeout`.
+        Raise `RequestTimeout`, or at once what is wrong with a first line that is none of HTTP.
         """
         while not is_whole(self._received):
+            check_first_line(self._received)
             # A client that waits to be asked for the body is asked here.
             expects = _EXPECT.search(self._received, 0, self._received.find(b"\r\n\r\n") + 2)
             if expects:
@@ -257,10 +262,20 @@ def gone() -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, "too slow")
 
 
+def check_first_line(data: bytearray) -> None:
+    """Raise what is wrong with a first line that is none of HTTP: its end may never come."""
+    end = data.find(b"\n")
+    if end > LONGEST_LINE or (end < 0 and len(data) > LONGEST_LINE):
+        raise LimitRequestLine(len(data), LONGEST_LINE)
+    line = data[: end + 1] if end >= 0 else data[:1]
+    if not (_FIRST_LINE if end >= 0 else _FIRST_BYTE).fullmatch(line):
+        raise InvalidRequestLine("")
+
+
 def is_whole(data: bytearray) -> bool:
     """Return whether a request has all come, or so much that it is for the service to refuse.
 
-    What does not look like HTTP is whole: gunicorn refuses it. A chunked body ends with an empty
+    A chunked body ends with an empty
     line; where one is within, the rest is read as the service asks for it.
     """
     if len(data) > LARGEST:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import apsw
@@ -185,7 +186,8 @@ class Accesses:
         removed = access.files.wal != now.wal and not size(f"{self._path}-wal")
         if not removed or access.files.database != now.database:
             return
-        if pages_in_wal(connection) and connection.pragma("wal_checkpoint", "TRUNCATE")[0]:
+        truncate = partial(self._run, connection.pragma, "wal_checkpoint", "TRUNCATE")
+        if pages_in_wal(connection) and truncate()[0]:
             raise apsw.BusyError(f"{self._path}-wal was removed and is still being read")
         lock.leave(lock.note.without_wal())
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
-from time import monotonic, sleep
+from time import monotonic, sleep  # before gevent has its own, which has no tenths of a millisecond
 from typing import NamedTuple
 
 import apsw

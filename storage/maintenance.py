@@ -19,8 +19,7 @@ from storage.preparation import PrepareError, check_sqlite, look, newest
 from storage.visitors import iso_date
 
 SLICE = 0.02  # seconds that one of many write transactions takes
-# Seconds between two of them: who waits for the lock file looks at it each millisecond.
-PAUSE = 0.003
+PAUSE = 0.003  # seconds between two of them, in which who waits for the lock file finds it free
 PAGES = 4000  # of a backup from one report of progress to the next
 FORGETTING = 30  # seconds that deleted bytes may take to be gone, as long as others read them
 

@@ -691,7 +691,11 @@ WIRE = [
     ),
     # Lines and headers.
     wire("nonsense", "error-invalid-request", b"S3CRET\r\n\r\n"),
-    wire("a TLS hello", None, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03S3CRET"),
+    wire(
+        "a TLS hello",
+        "error-invalid-request",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03S3CRET",
+    ),
     wire("HTTP/2", "error-invalid-request", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     wire("HTTP/9", "error-invalid-request", b"GET /S3CRET HTTP/9\r\n\r\n"),
     wire("HTTP/0.9", None, b"GET /S3CRET"),

@@ -78,13 +78,50 @@ def test_a_stop_does_not_wait_for_who_asks_nothing(server):
         assert time.monotonic() - start < 5
 
 
-def test_after_an_attack_all_connections_and_files_are_let_go(server):
-    def files():
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.workers())
+def files(server):
+    """Return how many files and connections the workers have open."""
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.workers())
 
+
+def test_after_an_attack_all_connections_and_files_are_let_go(server):
     assert wait_of_others(server, 0.5)
-    before = files()
+    before = files(server)
     with Attack(server.port, 100):
         wait_of_others(server, 1)
-        assert files() > before + 50
-    wait_until(lambda: files() <= before + 2, "connections are closed")
+        assert files(server) > before + 50
+    wait_until(lambda: files(server) <= before + 2, "connections are closed")
+
+
+def test_who_never_ends_a_connection_loses_it_all_the_same(server):
+    assert wait_of_others(server, 0.5)
+    before = files(server)
+    with Attack(server.port, 5 * len(ATTACKS), again=False):
+        assert files(server) > before + 2 * len(ATTACKS)
+        wait_until(lambda: files(server) <= before + 2, "connections are closed")
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"nonsense\r\n", 400),
+        (b"GET /livez HTTP/1.1\nHost: x\n\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # somebody says https
+        (b"GET /" + b"x" * 9_000, 414),
+        (b"GET /" + b"x" * 9_000 + b" HTTP/1.1\r\n", 414),
+    ],
+)
+def test_what_does_not_begin_as_http_is_refused_though_more_may_come(server, data, status):
+    with server.connect() as client:
+        start = time.monotonic()
+        client.sendall(data)
+        answer = b"".join(iter(lambda: client.recv(65_536), b""))
+        assert time.monotonic() - start < 8  # and not when its 10 seconds are over
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert answer.endswith(b'"errorType":"error-invalid-request"}')
+
+
+def test_an_empty_line_before_a_request_is_waited_for_as_a_part_of_it(server):
+    with server.connect() as client:
+        client.sendall(b"\r\n")
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
