@@ -119,7 +119,20 @@ def test_registrations_have_a_limit_of_their_own_that_is_told_as_the_services(se
     status, headers, _ = server.request("POST", PATH, b"{}", {"Content-Type": "application/json"})
     assert (status, headers["Retry-After"]) == (429, "60")
     assert headers["Content-Type"] == "application/json"
+    assert headers["Access-Control-Allow-Origin"] == "*"
+    assert server.request("POST", f"{PATH}/", b"{}")[0] == 429  # the same route
     assert server.request("GET", f"{PATH}/t0")[0] == 200  # reading has none
+    ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert {server.request("OPTIONS", PATH, headers=ask)[0] for _ in range(40)} == {200}
+
+
+def test_a_service_that_does_not_answer_is_a_503_in_json(server):
+    server.stop()
+    for path in (PATH, f"{PATH}/t", "/livez"):
+        status, headers, answer = server.request("GET", path)
+        assert (status, headers["Retry-After"]) == (503, "5")
+        assert headers["Content-Type"] == "application/json"
+        assert answer["errorType"] == "error-unavailable"
 
 
 def test_no_token_and_no_query_reaches_a_log_of_nginx(server):
@@ -132,7 +145,7 @@ def test_no_token_and_no_query_reaches_a_log_of_nginx(server):
     server.process.wait()
     with server.connect() as client:
         client.sendall(f"GET {PATH}/secret HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert client.recv(100).startswith(b"HTTP/1.1 502 ")
+        assert client.recv(100).startswith(b"HTTP/1.1 503 ")
     logs = {path.name: path.read_text() for path in server.logs.glob("*.log")}
     assert set(logs) == {"server.log", "livechat.log", "livechat.error.log", "error.log"}
     assert "secret" not in str(logs)
