@@ -101,7 +101,8 @@ def checkout(folder):
     """Return a new checkout, whose .venv is the environment of this test."""
     folder.mkdir()
     for entry in ROOT.iterdir():
-        if entry.name != ".venv" and not entry.name.startswith("livechat.db"):
+        own = entry.name.startswith((".venv", "livechat.db", "backup.db", "damaged"))
+        if not own:  # what who follows the README has made here
             (folder / entry.name).symlink_to(entry)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     return folder
@@ -148,20 +149,22 @@ def test_from_the_first_registration_through_backup_and_disaster_to_the_restore(
     with serving(start[0]):
         registered = shell(register)
         assert VARYING.sub(r'"\1":""', registered) == VARYING.sub(r'"\1":""', shown)
-        assert shell(backup).startswith("backed up to backup.db")
-    (folder / "livechat.db").write_bytes(b"disaster")
-    assert subprocess.run(
-        start[0], shell=True, cwd=folder, env=environ, capture_output=True
-    ).returncode
-    *lines, last = restore
-    for line in lines:
-        shell(line)
-    with serving(last):
-        again = json.loads(shell(register))["visitor"]
+        for _ in range(2):
+            assert shell(backup).startswith("backed up to backup.db")
     before = json.loads(registered)["visitor"]
-    assert [again[key] for key in ("_id", "username", "ts")] == [
-        before[key] for key in ("_id", "username", "ts")
-    ]
+    for _ in range(2):
+        (folder / "livechat.db").write_bytes(b"disaster")
+        assert subprocess.run(
+            start[0], shell=True, cwd=folder, env=environ, capture_output=True
+        ).returncode
+        *lines, last = restore
+        for line in lines:
+            shell(line)
+        with serving(last):
+            again = json.loads(shell(register))["visitor"]
+        assert [again[key] for key in ("_id", "username", "ts")] == [
+            before[key] for key in ("_id", "username", "ts")
+        ]
 
 
 def shell_answers(port):
