@@ -20,7 +20,7 @@ preload_app = True  # a worker boots at once then, and opens no file for it
 bind = _settings.bind
 workers = _settings.workers
 worker_class = Worker
-worker_connections = 500  # of a worker, with 72 KiB each at most
+worker_connections = 500  # of a worker; more wait until one has ended
 keepalive = 5  # seconds in which the next request of a connection may come
 timeout = 30  # seconds until a worker that does not answer is killed; a write waits 5 at most
 graceful_timeout = 30  # seconds that a running request has after TERM
@@ -29,17 +29,21 @@ control_socket_disable = True  # it is on by default, at one path in HOME for al
 access_log_format = "%(t)s %(s)s %(B)s bytes %(M)s ms"  # no URL: the path can hold a token
 
 
-def _reset_term():
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
-# A new worker has the master's handler until it sets its own, and a TERM meanwhile would be lost:
-# the stop would wait for it until `graceful_timeout`.
+def _reset_stops():
+    for stop in _STOPS:
+        signal.signal(stop, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+# A new worker has the master's handlers until it sets its own, and a signal meanwhile would be
+# lost: the stop would wait for it until `graceful_timeout`.
 os.register_at_fork(
-    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}),
-    after_in_child=_reset_term,
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS),
+    after_in_child=_reset_stops,
 )
 
 

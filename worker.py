@@ -1,15 +1,13 @@
 """gunicorn's worker with greenlets: a connection costs some KB of memory, and no thread.
 
-Here a request is handed to the service when all of it has come, or has had its time; so nobody who
-sends half a request, or reads no answer, holds up anybody else, and each is told what happened.
-A request of ours has 64 KiB at most, which is what makes this small.
+Whoever sends half a request, or reads no answer, holds up nobody else, has some seconds for it, and
+is told what happened.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -40,19 +38,13 @@ from gunicorn.workers.ggevent import GeventWorker
 REQUEST_TIME = 10  # seconds in which a request has to come; the next one may wait `keepalive`
 ANSWER_TIME = 10  # seconds in which a client has to take its answer
 LINGER_TIME = 2  # seconds for which a client may still send after its answer: RFC 9112, 9.6
-LINGER_READS = 16  # of 64 KiB, at most, meanwhile
-LARGEST = 73_728  # bytes of a request that are waited for; what is larger, the service refuses
-LONGEST_LINE = 8_192  # bytes of the first line that are waited for; gunicorn takes 4,094
+LINGER_READS = 64  # pieces, at most, meanwhile
+LARGEST = 73_728  # bytes of a request whose body is in chunks; what is larger, the service refuses
 PIECE = 16_384  # bytes that are read at a time
-
-_FIRST_BYTE = re.compile(rb"[!-~\r]")  # and so not of TLS
-_FIRST_LINE = re.compile(rb"\r\n|[!-~]+ [^ \r\n]+ HTTP/\d\.\d\r\n")
-_LENGTH = re.compile(rb"(?i)\r\ncontent-length[ \t]*:[ \t]*(\d{1,9})[ \t]*\r\n")
-_CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
-_EXPECT = re.compile(rb"(?i)\r\nexpect[ \t]*:[ \t]*100-continue[ \t]*(?=\r\n)")
+SILENT_TIME = 1  # seconds in which a new connection may still ask something at a stop
 
 
-class RequestTimeout(ParseException):
+class RequestTimeout(ParseException, TimeoutError):
     """A request that did not come in time."""
 
 
@@ -64,7 +56,9 @@ class Worker(GeventWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stopping = Event()
-        self._idle: set[greenlet] = set()  # whose clients ask nothing, or nothing more
+        # The greenlets whose clients have asked nothing yet, or nothing more.
+        self._silent: set[greenlet] = set()
+        self._idle: set[greenlet] = set()
 
     @classmethod
     def setup(cls) -> None:
@@ -80,7 +74,7 @@ class Worker(GeventWorker):
         """Serve until it is told to stop, and then finish the requests that have begun to come."""
         pool = Pool(self.worker_connections)
         servers = [
-            StreamServer(listener, partial(self.handle, listener), spawn=pool)
+            StreamServer(listener, partial(self._handle, listener.getsockname()), spawn=pool)
             for listener in self.sockets
         ]
         for server in servers:
@@ -92,6 +86,8 @@ class Worker(GeventWorker):
         for server in servers:
             server.close()
         gevent.killall(list(self._idle))
+        pool.join(timeout=SILENT_TIME)  # for what is on the way
+        gevent.killall(list(self._silent))
         ends = time.monotonic() + self.cfg.graceful_timeout
         while len(pool) and time.monotonic() < ends:
             self.notify()
@@ -102,11 +98,13 @@ class Worker(GeventWorker):
         super().handle_exit(sig, frame)
         self._stopping.set()
 
-    def handle(self, listener: Any, client: Any, address: Any) -> None:
-        """Answer the requests of a connection, one after the other."""
+    def _handle(self, name: Any, client: Any, address: Any) -> None:
+        """Answer the requests of a connection to the address `name`, one after the other."""
         connection = Connection(client)
         try:
-            self._serve(connection, listener.getsockname(), address)
+            self._serve(connection, name, address)
+        except RequestTimeout as error:
+            self.handle_error(None, connection, address, error)
         except (StopIteration, OSError):
             pass  # it ends here, as either side wants
         except Exception as error:
@@ -116,24 +114,25 @@ class Worker(GeventWorker):
     def _serve(self, connection: Connection, name: Any, address: Any) -> None:
         as_socket: Any = connection  # of which gunicorn asks no more than that
         parser = get_parser(self.cfg, as_socket, address)
-        patience = REQUEST_TIME
-        while self._is_asked(connection, patience):
-            connection.receive_all()
-            self.handle_request(name, next(parser), as_socket, address)
+        waiting, patience = self._silent, REQUEST_TIME
+        while self._is_asked(connection, waiting, patience):
+            request = next(parser)
+            connection.limit(request)
+            self.handle_request(name, request, as_socket, address)
             connection.send_answer()
             if not self.alive:
                 break
             connection.take_back(parser)
-            patience = self.cfg.keepalive
+            waiting, patience = self._idle, self.cfg.keepalive
 
-    def _is_asked(self, connection: Connection, patience: float) -> bool:
-        """Return whether a request begins within so many seconds."""
+    def _is_asked(self, connection: Connection, waiting: set[greenlet], seconds: float) -> bool:
+        """Return whether a request begins within so many seconds, `waiting` meanwhile."""
         current = gevent.getcurrent()
-        self._idle.add(current)
+        waiting.add(current)
         try:
-            return connection.begins(patience)
+            return connection.begins(seconds)
         finally:
-            self._idle.discard(current)
+            waiting.discard(current)
 
     def handle_error(self, _req: Any, client: Any, _addr: Any, error: BaseException) -> None:
         """Refuse, in our shape, what the service does not see."""
@@ -156,75 +155,77 @@ class Connection:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._received = bytearray()  # of the next request, and not yet parsed
+        self._received = b""  # of the next request, and not yet parsed
         self._answer = bytearray()  # and not yet sent
         self._ends = 0.0  # seconds of `time.monotonic` at which nothing more is read of a request
-        self._left: int | None = None  # bytes that are still read of it; any number without one
+        self._given = 0  # bytes of it that the parser has
+        self._most: int | None = None  # bytes of it that are read; any number without one
+        self._request: Any = None  # gunicorn's, once its head is there
 
     def begins(self, seconds: float) -> bool:
-        """Wait for the first bytes of a request; return whether they have come."""
+        """Wait for the first bytes of a request; return whether they have come.
+
+        Raise what is wrong with bytes that are none of HTTP, such as those of TLS: the line that
+        they begin may never end.
+        """
         self._ends = time.monotonic() + seconds
-        if not self._received:
-            with suppress(TimeoutError):
-                self._received += self._read()
+        self._given, self._most, self._request = 0, None, None
+        self._received = self._received.lstrip(b"\r\n")
+        with suppress(TimeoutError):
+            while not self._received and (data := self._read()):
+                self._received = data.lstrip(b"\r\n")
         self._ends = time.monotonic() + REQUEST_TIME
+        if self._received and not b"!" <= self._received[:1] <= b"~":
+            raise InvalidRequestLine("")
         return bool(self._received)
 
-    def receive_all(self) -> None:
-        """Wait until all of the request is there, or so much that it is for the service to refuse.
-
-        Raise `RequestTimeout`, or at once what is wrong with a first line that is none of HTTP.
-        """
-        while not is_whole(self._received):
-            check_first_line(self._received)
-            # A client that waits to be asked for the body is asked here.
-            expects = _EXPECT.search(self._received, 0, self._received.find(b"\r\n\r\n") + 2)
-            if expects:
-                del self._received[slice(*expects.span())]
-                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            try:
-                data = self._read()
-            except TimeoutError:
-                raise RequestTimeout from None
-            if not data:
-                break
-            self._received += data
-        chunked = _CHUNKED.search(self._received, 0, self._received.find(b"\r\n\r\n") + 1)
-        self._left = LARGEST - len(self._received) if chunked else None
+    def limit(self, request: Any) -> None:
+        """Limit what is read of a request whose body is in chunks: each costs as much as a KB."""
+        headers = dict(request.headers)
+        if "TRANSFER-ENCODING" in headers:
+            self._most = LARGEST
+        elif int(headers.get("CONTENT-LENGTH", 0)) > LARGEST:
+            request.force_close()  # as nobody reads so much
+        self._request = request
 
     def take_back(self, parser: Any) -> None:
         """Take from the parser what it has read of the next request.
 
         Raise `OSError` where the end of this one is not there.
         """
-        self._left = 0
-        if not parser.finish_body():
-            raise gone()
-        self._received[:0] = parser.unreader.take_buffered()
+        self._most = 0
+        try:
+            finished = parser.finish_body()
+        except ParseException:
+            finished = False
+        if not finished:
+            raise ConnectionResetError(errno.ECONNRESET, "a request was not read to its end")
+        self._received = parser.unreader.take_buffered() + self._received
 
     def recv(self, size: int) -> bytes:
-        """Return bytes of the request; a client that has had its time counts as one that is gone.
+        """Return bytes of the request; raise `RequestTimeout` where they do not come in time.
 
         Raise EMSGSIZE for a body in so many chunks that to read them would cost too much.
         """
-        if self._received:
-            data = bytes(self._received[:size])
-            del self._received[:size]
-            return data
-        if self._left is not None and self._left <= 0:
-            raise OSError(errno.EMSGSIZE, "too many chunks")
-        try:
-            data = self._read()
-        except TimeoutError:
-            raise gone() from None
-        if self._left is not None:
-            self._left -= len(data)
+        data, self._received = self._received[:size], self._received[size:]
+        if not data:
+            try:
+                if self._most is not None and self._given >= self._most:
+                    raise OSError(errno.EMSGSIZE, "too many chunks")
+                data = self._read(size)
+            except OSError as error:
+                if self._request is not None:
+                    self._request.force_close()  # which its answer says
+                if isinstance(error, TimeoutError):
+                    raise RequestTimeout from None
+                raise
+        self._given += len(data)
         return data
 
-    def _read(self) -> bytes:
+    def _read(self, size: int = PIECE) -> bytes:
         """Return what comes next, nothing at the end; raise `TimeoutError`."""
         self._client.settimeout(max(0.001, self._ends - time.monotonic()))
-        data: bytes = self._client.recv(PIECE)
+        data: bytes = self._client.recv(min(size, PIECE))
         return data
 
     def send(self, data: bytes | bytearray) -> None:
@@ -255,39 +256,6 @@ class Connection:
                 if not self._read():
                     break
         self._client.close()
-
-
-def gone() -> ConnectionResetError:
-    """Return the error of a client that is gone, of which gunicorn makes no noise."""
-    return ConnectionResetError(errno.ECONNRESET, "too slow")
-
-
-def check_first_line(data: bytearray) -> None:
-    """Raise what is wrong with a first line that is none of HTTP: its end may never come."""
-    end = data.find(b"\n")
-    if end > LONGEST_LINE or (end < 0 and len(data) > LONGEST_LINE):
-        raise LimitRequestLine(len(data), LONGEST_LINE)
-    line = data[: end + 1] if end >= 0 else data[:1]
-    if not (_FIRST_LINE if end >= 0 else _FIRST_BYTE).fullmatch(line):
-        raise InvalidRequestLine("")
-
-
-def is_whole(data: bytearray) -> bool:
-    """Return whether a request has all come, or so much that it is for the service to refuse.
-
-    A chunked body ends with an empty
-    line; where one is within, the rest is read as the service asks for it.
-    """
-    if len(data) > LARGEST:
-        return True
-    head = data.find(b"\r\n\r\n")
-    if head < 0:
-        return False
-    body = len(data) - head - 4
-    length = _LENGTH.search(data, 0, head + 2)
-    if length:
-        return body >= int(length[1]) or int(length[1]) > LARGEST
-    return not _CHUNKED.search(data, 0, head) or data.endswith(b"\r\n\r\n", head + 4)
 
 
 _STATUS = {

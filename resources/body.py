@@ -50,6 +50,8 @@ def _receive(req: falcon.Request) -> tuple[bytes, bool]:
     try:
         while len(data) < wanted and (more := req.stream.read(wanted - len(data))):
             data += more
+    except TimeoutError:
+        raise refusal("error-request-timeout") from None
     except Exception as error:  # each server has its own for a body that breaks off, or several
         if getattr(error, "errno", None) == errno.EMSGSIZE:  # our worker's for too many chunks
             raise refusal("error-body-too-large") from None

@@ -27,6 +27,7 @@ REFUSALS = {
     "error-invalid-request": (400, "The request is invalid"),
     "error-not-found": (404, "Resource not found"),
     "error-method-not-allowed": (405, "Method not allowed"),
+    "error-request-timeout": (408, "The request did not come in time"),
     "error-body-too-large": (413, f"The request body is larger than {MAX_BODY} bytes"),
     "error-unsupported-media-type": (415, "The request body must be sent as application/json"),
     "error-internal": (500, "Internal server error"),

@@ -117,9 +117,10 @@ class Accesses:
 
     def have_moved(self) -> bool:
         """Return whether one is open on what no longer stands at the path."""
+        were_open = [access for access in self._all if access.is_open]  # of whom `now` tells
         now = Files.at(self._path)
-        for access in self._all:
-            if access.is_open and access.files != now:
+        for access in were_open:
+            if access.files != now:
                 if not now.are_still(access.files):
                     return True
                 access.files = now  # it has grown

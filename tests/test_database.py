@@ -139,7 +139,7 @@ def test_another_applications_wal_is_left_alone(path):
 def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
     with open(path, "w") as file:
         file.write("something else\n" * 100)
-    assert refused(path) == f"{path}: not a SQLite database"
+    assert refused(path) == f"{path}: not a SQLite database; if it was, restore a backup"
     with open(path) as file:
         assert file.read() == "something else\n" * 100
 

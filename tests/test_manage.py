@@ -786,7 +786,7 @@ def test_a_database_that_is_none_is_one_line_and_none_is_made(run, tmp_path, pat
         "none/missing.db": "there is no database",
         "folder": "a folder, not a file",
         "empty": "an empty file, and no database yet",
-        "junk": "not a SQLite database",
+        "junk": "not a SQLite database; if it was, restore a backup",
         "other": "the database of another application",
         "newer": "written by a newer version of this service",
     }

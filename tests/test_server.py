@@ -127,16 +127,46 @@ def test_a_value_that_cannot_be_meant_stops_the_start(make_server, environ, said
     assert not (ROOT / "README.md-lock").exists()
 
 
-def test_hup_replaces_the_workers_without_a_word_of_the_clients(make_server):
+def test_hup_replaces_the_workers_and_no_request_notices(make_server):
     server = make_server().wait()
-    for number in range(2):
+    over = threading.Event()
+    answers = []
+
+    def register(name):
+        number = 0
+        while not over.is_set():
+            number += 1
+            with server.connect() as client:
+                # A request that comes a moment after its connection, which a worker has by then.
+                over.wait(0.003)
+                client.sendall(post(b'{"visitor":{"token":"%s-%d"}}' % (name, number)))
+                answers.append(client.recv(65_536)[:13])
+
+    threads = [threading.Thread(target=register, args=(name,)) for name in (b"a", b"b", b"c")]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
         before = set(server.workers())
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda before=before: len(set(server.workers()) - before) == 2, "new ones boot")
         wait_until(lambda before=before: not set(server.workers()) & before, "the old ones end")
-        assert server.register(f"t{number}")[0] == 200
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert set(answers) == {b"HTTP/1.1 200 "}
     assert server.stop() == 0
+    assert server.query("SELECT count(*) FROM visitor") == [[len(answers)]]
     assert all(line.startswith("[") for line in server.log().splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_a_stop_while_the_workers_boot_is_one(make_server, number):
+    for _ in range(4):
+        server = make_server()
+        wait_until(lambda server=server: "Booting worker" in server.log(), "a worker boots")
+        server.process.send_signal(number)
+        assert server.process.wait(10) == 0
+        assert "SIGKILL" not in server.log()
 
 
 def test_a_port_that_is_taken_stops_the_start(make_server):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.server import wait_until
-from tests.slow import ATTACKS, WHOLE, Attack, wait_of_others
+from tests.server import PATH, wait_until
+from tests.slow import ATTACKS, HEAD, WHOLE, Attack, wait_of_others
 
 TIMEOUT = (
     b'{"success":false,"error":"The request did not come in time [error-request-timeout]",'
@@ -38,7 +38,8 @@ def test_a_request_that_does_not_come_in_time_is_a_408_and_holds_nothing(server)
             if answer:
                 head, _, body = answer.partition(b"\r\n\r\n")
                 assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n"), name
-                assert b"Content-Type: application/json\r\n" in head
+                assert b"\r\ncontent-type: application/json\r\n" in head.lower() + b"\r\n"
+                assert b"\r\nconnection: close\r\n" in head.lower() + b"\r\n"
                 assert body == TIMEOUT
     assert server.query("SELECT count(*) FROM visitor") == [[0]]
     log = server.log()
@@ -48,17 +49,37 @@ def test_a_request_that_does_not_come_in_time_is_a_408_and_holds_nothing(server)
     assert log.count("Booting worker") == 2
 
 
-def test_several_requests_on_a_connection_whole_or_in_parts_are_answered_in_turn(server):
-    with server.connect() as client, client.makefile("rb") as answers:
-        for part in (WHOLE, WHOLE[:50], WHOLE[50:] + WHOLE + WHOLE[:1], WHOLE[1:-1], WHOLE[-1:]):
-            client.sendall(part)
-        for number in range(4):
-            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
-            length = None
-            while (line := answers.readline()) != b"\r\n":
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.split(b":")[1])
-            assert json.loads(answers.read(length))["visitor"]["username"] == "guest-2", number
+def read_answer(answers):
+    """Return the next status line and body of a connection."""
+    status, length = answers.readline(), 0
+    while (line := answers.readline()) != b"\r\n":
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    return status, answers.read(length)
+
+
+def test_requests_in_any_parts_are_answered_each_once_and_in_turn(server):
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunked += b'F\r\n{"visitor":{"to\r\nC\r\nken":"one"}}\r\n0\r\n\r\n'
+    two, three = (WHOLE.replace(b"slow", name) for name in (b"twoo", b"tree"))
+    large = HEAD + b"Content-Length: 5000\r\n\r\n" + b'{"visitor":{"token":"four"}}'.ljust(5000)
+    stream = b"\r\n" + chunked + two + b"\r\n" + three + 2 * large + two
+    for cut in (*range(0, 600, 7), *range(600, len(stream), 999)):
+        with server.connect() as client, client.makefile("rb") as answers:
+            for part in (stream[:cut], stream[cut:]):
+                client.sendall(part)
+            for token in ("one", "twoo", "tree", "four", "four", "twoo"):
+                status, body = read_answer(answers)
+                assert status == b"HTTP/1.1 200 OK\r\n"
+                assert json.loads(body)["visitor"]["token"] == token
+    assert server.query("SELECT count(*) FROM visitor") == [[4]]
+
+
+@pytest.mark.parametrize("broken", [b"ZZ\r\n\r\n", b"1\r\nxx\r\n", b"0\r\nHost: y\r\n\r\n"])
+def test_a_body_that_nobody_reads_and_that_is_none_gets_no_second_answer(server, broken):
+    head = f"DELETE {PATH}/t HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    _, body = server.raw(head + broken)
+    assert json.loads(body)["errorType"] == "invalid-token"
 
 
 def test_a_connection_is_closed_after_64_requests_which_its_client_is_told(server):
@@ -78,6 +99,9 @@ def test_a_stop_does_not_wait_for_who_asks_nothing(server):
         assert time.monotonic() - start < 5
 
 
+SOME = 10  # files of the database, which a worker that was not asked before opens meanwhile
+
+
 def files(server):
     """Return how many files and connections the workers have open."""
     return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.workers())
@@ -89,15 +113,15 @@ def test_after_an_attack_all_connections_and_files_are_let_go(server):
     with Attack(server.port, 100):
         wait_of_others(server, 1)
         assert files(server) > before + 50
-    wait_until(lambda: files(server) <= before + 2, "connections are closed")
+    wait_until(lambda: files(server) <= before + SOME, "connections are closed")
 
 
 def test_who_never_ends_a_connection_loses_it_all_the_same(server):
     assert wait_of_others(server, 0.5)
     before = files(server)
     with Attack(server.port, 5 * len(ATTACKS), again=False):
-        assert files(server) > before + 2 * len(ATTACKS)
-        wait_until(lambda: files(server) <= before + 2, "connections are closed")
+        wait_until(lambda: files(server) > before + 2 * len(ATTACKS), "connections are open")
+        wait_until(lambda: files(server) <= before + SOME, "connections are closed")
 
 
 @pytest.mark.parametrize(
