@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -101,7 +101,7 @@ class Access:
 
 
 class Accesses:
-    """The connections to the file at `path`: one writes, one reads and one checkpoints.
+    """The connections to the file at `path`: one writes, two read and one checkpoints.
 
     They let go of files that somebody has removed, replaced or cut under them.
     """
@@ -111,8 +111,9 @@ class Accesses:
         self._run = run
         self.writer = Access(path, run)
         self.reader = Access(path, run)
+        self.scanner = Access(path, run)  # reads for long, so that no other read waits for it
         self.checkpointer = Access(path, run, checkpoints=True)
-        self._all = (self.writer, self.reader, self.checkpointer)
+        self._all = (self.writer, self.reader, self.scanner, self.checkpointer)
         self._in_vain = (0.0, 0.0)  # how long a checkpoint waited so, and until when that counts
 
     def have_moved(self) -> bool:
@@ -126,11 +127,11 @@ class Accesses:
                 access.files = now  # it has grown
         return False
 
-    def read(self, work: Callable[[apsw.Connection], T], anew: bool) -> T:
-        """Return what `work` reads on one state; for whoever holds the reader."""
+    def read(self, reader: Access, work: Callable[[apsw.Connection], T], anew: bool) -> T:
+        """Return what `work` reads on one state; for whoever holds the reader, or the scanner."""
         if anew:
-            self.reader.close()
-        result: T = self._run(_read, self.reader.connection(), work)
+            reader.close()
+        result: T = self._run(_read, reader.connection(), work)
         return result
 
     def checkpoint(self, mode: str, wait: float) -> bool:
@@ -160,7 +161,7 @@ class Accesses:
         """Let go of files that are no longer there; for whoever holds the writer and the lock."""
         if not self.have_moved() and not self._lacks_wal(lock):
             return
-        with self.reader.held(deadline), self.checkpointer.held(deadline):
+        with self._rest_held(deadline):
             if self.have_moved():
                 for access in reversed(self._all):  # best the one that leaves no erased data
                     if access.is_open:
@@ -170,6 +171,15 @@ class Accesses:
             nobody_has_it = not any(access.is_open for access in self._all)
             if self._lacks_wal(lock) and nobody_has_it and not is_open(self._path):
                 lock.leave(lock.note.without_wal())  # which is lost: there is nothing to wait for
+
+    @contextmanager
+    def _rest_held(self, deadline: float) -> Generator[None]:
+        """Hold all but the writer."""
+        with ExitStack() as held:
+            for access in self._all:
+                if access is not self.writer:
+                    held.enter_context(access.held(deadline))
+            yield
 
     def _lacks_wal(self, lock: Lock) -> bool:
         """Return whether the WAL that was last written to is no longer there."""
@@ -202,7 +212,7 @@ class Accesses:
             turn(self._path, deadline, self._run) as lock,
         ):
             self.follow(lock, deadline)
-            with self.reader.held(deadline), self.checkpointer.held(deadline):
+            with self._rest_held(deadline):
                 merge_on_close(self.checkpointer.connection())
                 lock.leave(lock.note.without_wal())
                 for access in self._all:  # the checkpointer last

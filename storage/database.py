@@ -22,6 +22,7 @@ CROWDED = 4000  # pages in the WAL for which a checkpoint waits until the reader
 WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2, 0.5, 0.1
 
 T = TypeVar("T")
+Work = Callable[[apsw.Connection], T]
 
 
 class Database:
@@ -39,7 +40,7 @@ class Database:
         self._led = False  # whether a thread leads
         self._checkpointed = 0  # pages in the WAL at the last checkpoint
 
-    def write(self, work: Callable[[apsw.Connection], T], erases: bool = False) -> T:
+    def write(self, work: Work[T], erases: bool = False) -> T:
         """Run `work` alone and wholly, or not at all; return what it returns, which is no cursor.
 
         When this returns, the change is on the disk; when `work` raises, nothing has changed.
@@ -53,30 +54,30 @@ class Database:
         change = Change(work, erases)
         with self._mutex:
             self._waiting.append(change)
-            change.leads = not self._led
-            self._led = True
+            change.leads, self._led = not self._led, True
         if change.leads or self._is_next(change, deadline):
             self._lead(change, deadline)
         return change.outcome()
 
-    def read(self, work: Callable[[apsw.Connection], T], anew: bool = False) -> T:
+    def read(self, work: Work[T], anew: bool = False, scans: bool = False) -> T:
         """Run `work`, which only reads, on one state; return what it returns, which is no cursor.
 
-        What is read `anew` comes from the files, and not from what was read before.
+        What is read `anew` comes from the files; what `scans` many rows keeps only such waiting.
         Raise `Unavailable` where the database cannot be read within `TIMEOUT`.
         """
         deadline, accesses = time.monotonic() + TIMEOUT, self._accesses
+        reader = accesses.scanner if scans else accesses.reader
         try:
-            with accesses.reader.held(deadline):
+            with reader.held(deadline):
                 if not accesses.have_moved():
-                    return accesses.read(work, anew)
+                    return accesses.read(reader, work, anew)
         except Unavailable as fault:
             if not isinstance(fault.__cause__, WalRemoved):
                 raise
         with accesses.writer.held(deadline), turn(self._path, deadline, self._run) as lock:
             accesses.follow(lock, deadline)
-        with accesses.reader.held(deadline):
-            return accesses.read(work, anew)
+        with reader.held(deadline):
+            return accesses.read(reader, work, anew)
 
     def close(self) -> None:
         """Close the file, if it is open, whose WAL goes into it; the next use opens it again."""

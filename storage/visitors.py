@@ -148,7 +148,9 @@ class VisitorStore:
 
     def find_by_id(self, id_: str) -> dict[str, Any]:
         """Return the visitor with that `_id`, which takes a scan; raise `VisitorNotFound`."""
-        return self._database.read(lambda connection: as_wire(_one(connection, "id", id_)))
+        return self._database.read(
+            lambda connection: as_wire(_one(connection, "id", id_)), scans=True
+        )
 
     def search(
         self, term: str, sort: Mapping[str, float], offset: int, count: int
@@ -180,7 +182,7 @@ class VisitorStore:
             found = [_found(as_visitor(row)) for row in connection.execute(page, wanted)]
             return found, total
 
-        return self._database.read(work)
+        return self._database.read(work, scans=True)
 
     def erase(self, token: str) -> dict[str, Any]:
         """Delete the visitor with that token, whose data is then gone from the files.

@@ -470,12 +470,17 @@ def test_16_processes_may_prepare_one_database_at_once(path, often):
 
 
 def test_nothing_is_shared_that_two_threads_may_not_use_at_once(database):
-    inside = threading.Barrier(2, timeout=5)
-    with ThreadPoolExecutor(2) as pool:
-        # A reader and a writer are in SQLite at the same moment.
-        writing = pool.submit(database.write, lambda connection: inside.wait() + count(connection))
-        reading = pool.submit(database.read, lambda connection: inside.wait() + count(connection))
-        assert {writing.result(), reading.result()} == {0, 1}
+    inside = threading.Barrier(3, timeout=5)
+
+    def work(connection):
+        return inside.wait() + count(connection)
+
+    with ThreadPoolExecutor(3) as pool:
+        # A writer, a reader and one who reads for long are in SQLite at the same moment.
+        writing = pool.submit(database.write, work)
+        reading = pool.submit(database.read, work)
+        scanning = pool.submit(database.read, work, scans=True)
+        assert {writing.result(), reading.result(), scanning.result()} == {0, 1, 2}
 
 
 def test_a_state_that_is_read_for_long_holds_up_one_write_and_not_all(database, path, monkeypatch):
