@@ -180,7 +180,7 @@ class Connection:
         return bool(self._received)
 
     def limit(self, request: Any) -> None:
-        """Limit what is read of a request whose body is in chunks: each costs as much as a KB."""
+        """Limit what is read of a request whose body is in chunks, as each of them costs CPU."""
         headers = dict(request.headers)
         if "TRANSFER-ENCODING" in headers:
             self._most = LARGEST
