@@ -25,6 +25,7 @@ keepalive = 5  # seconds in which the next request of a connection may come
 timeout = 30  # seconds until a worker that does not answer is killed; a write waits 5 at most
 graceful_timeout = 30  # seconds that a running request has after TERM
 limit_request_fields = 64  # of 8 KB each; a head of gunicorn's 100 costs 80 ms of CPU to refuse
+permit_unconventional_http_method = True  # the service says 405, where gunicorn says 400
 control_socket_disable = True  # it is on by default, at one path in HOME for all services
 access_log_format = "%(t)s %(s)s %(B)s bytes %(M)s ms"  # no URL: the path can hold a token
 

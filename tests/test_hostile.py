@@ -724,10 +724,10 @@ WIRE = [
         414,
     ),
     wire("a path of 1 MB", "error-invalid-request", b"GET /" + b"a" * 1_000_000, 414),
-    wire("a method in lower case", "error-invalid-request", b"post /livez HTTP/1.1\r\n\r\n"),
+    wire("a method in lower case", "error-method-not-allowed", b"post /livez HTTP/1.1\r\n\r\n"),
     wire(
         "a method of 1,000 characters",
-        "error-invalid-request",
+        "error-method-not-allowed",
         b"S3CRET" * 200 + b" /livez HTTP/1.1\r\n\r\n",
     ),
     wire("a method with ESC", "error-invalid-request", b"S3CRET\x1b /livez HTTP/1.1\r\n\r\n"),
