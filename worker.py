@@ -39,9 +39,13 @@ REQUEST_TIME = 10  # seconds in which a request has to come; the next one may wa
 ANSWER_TIME = 10  # seconds in which a client has to take its answer
 LINGER_TIME = 2  # seconds for which a client may still send after its answer: RFC 9112, 9.6
 LINGER_READS = 64  # pieces, at most, meanwhile
-LARGEST = 73_728  # bytes of a request whose body is in chunks; what is larger, the service refuses
+LARGEST_HEAD = 65_536  # bytes
+LARGEST_BODY = 65_536  # bytes; what is larger, the service refuses
+LARGEST_CHUNKED = 73_728  # bytes of a body with what is around its chunks, each of which costs CPU
+EMPTY = 64  # bytes of empty lines that may stand before a request
 PIECE = 16_384  # bytes that are read at a time
-SILENT_TIME = 1  # seconds in which a new connection may still ask something at a stop
+STOP_TIME = 1  # seconds in which an open connection may still ask something at a stop
+REST_TIME = 1  # seconds in which the rest of a body may come that nobody reads
 
 
 class RequestTimeout(ParseException, TimeoutError):
@@ -56,9 +60,7 @@ class Worker(GeventWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stopping = Event()
-        # The greenlets whose clients have asked nothing yet, or nothing more.
-        self._silent: set[greenlet] = set()
-        self._idle: set[greenlet] = set()
+        self._waiting: set[greenlet] = set()  # for clients that ask nothing, or nothing more
 
     @classmethod
     def setup(cls) -> None:
@@ -85,9 +87,8 @@ class Worker(GeventWorker):
             self._stopping.wait(1)
         for server in servers:
             server.close()
-        gevent.killall(list(self._idle))
-        pool.join(timeout=SILENT_TIME)  # for what is on the way
-        gevent.killall(list(self._silent))
+        pool.join(timeout=STOP_TIME)  # for what is on the way, which is answered as the last one
+        gevent.killall(list(self._waiting))
         ends = time.monotonic() + self.cfg.graceful_timeout
         while len(pool) and time.monotonic() < ends:
             self.notify()
@@ -114,25 +115,23 @@ class Worker(GeventWorker):
     def _serve(self, connection: Connection, name: Any, address: Any) -> None:
         as_socket: Any = connection  # of which gunicorn asks no more than that
         parser = get_parser(self.cfg, as_socket, address)
-        waiting, patience = self._silent, REQUEST_TIME
-        while self._is_asked(connection, waiting, patience):
+        patience = REQUEST_TIME
+        while self._is_asked(connection, patience):
             request = next(parser)
             connection.limit(request)
             self.handle_request(name, request, as_socket, address)
             connection.send_answer()
-            if not self.alive:
-                break
             connection.take_back(parser)
-            waiting, patience = self._idle, self.cfg.keepalive
+            patience = self.cfg.keepalive if self.alive else STOP_TIME
 
-    def _is_asked(self, connection: Connection, waiting: set[greenlet], seconds: float) -> bool:
-        """Return whether a request begins within so many seconds, `waiting` meanwhile."""
+    def _is_asked(self, connection: Connection, seconds: float) -> bool:
+        """Return whether a request begins within so many seconds."""
         current = gevent.getcurrent()
-        waiting.add(current)
+        self._waiting.add(current)
         try:
             return connection.begins(seconds)
         finally:
-            waiting.discard(current)
+            self._waiting.discard(current)
 
     def handle_error(self, _req: Any, client: Any, _addr: Any, error: BaseException) -> None:
         """Refuse, in our shape, what the service does not see."""
@@ -171,29 +170,33 @@ class Connection:
         self._ends = time.monotonic() + seconds
         self._given, self._most, self._request = 0, None, None
         self._received = self._received.lstrip(b"\r\n")
+        empty = 0
         with suppress(TimeoutError):
-            while not self._received and (data := self._read()):
+            while not self._received and empty <= EMPTY and (data := self._read()):
                 self._received = data.lstrip(b"\r\n")
+                empty += len(data) - len(self._received)
         self._ends = time.monotonic() + REQUEST_TIME
-        if self._received and not b"!" <= self._received[:1] <= b"~":
+        if empty > EMPTY or (self._received and not b"!" <= self._received[:1] <= b"~"):
             raise InvalidRequestLine("")
         return bool(self._received)
 
     def limit(self, request: Any) -> None:
-        """Limit what is read of a request whose body is in chunks, as each of them costs CPU."""
+        """Limit what is read of the body of a request, whose head is there."""
         headers = dict(request.headers)
         if "TRANSFER-ENCODING" in headers:
-            self._most = LARGEST
-        elif int(headers.get("CONTENT-LENGTH", 0)) > LARGEST:
+            self._most = self._given + LARGEST_CHUNKED
+        elif int(headers.get("CONTENT-LENGTH", 0)) > LARGEST_BODY:
             request.force_close()  # as nobody reads so much
         self._request = request
 
     def take_back(self, parser: Any) -> None:
         """Take from the parser what it has read of the next request.
 
-        Raise `OSError` where the end of this one is not there.
+        Raise `OSError` where the end of this one is not there, and does not come at once.
         """
-        self._most = 0
+        if self._most is not None:
+            self._most = 0  # in chunks it would cost too much
+        self._ends = time.monotonic() + REST_TIME
         try:
             finished = parser.finish_body()
         except ParseException:
@@ -205,8 +208,11 @@ class Connection:
     def recv(self, size: int) -> bytes:
         """Return bytes of the request; raise `RequestTimeout` where they do not come in time.
 
-        Raise EMSGSIZE for a body in so many chunks that to read them would cost too much.
+        Raise EMSGSIZE for a body in so many chunks that to read them would cost too much, and
+        `LimitRequestHeaders` for a head that is too large: gunicorn looks it through at each piece.
         """
+        if self._request is None and self._given > LARGEST_HEAD:
+            raise LimitRequestHeaders("")
         data, self._received = self._received[:size], self._received[size:]
         if not data:
             try:
@@ -224,7 +230,10 @@ class Connection:
 
     def _read(self, size: int = PIECE) -> bytes:
         """Return what comes next, nothing at the end; raise `TimeoutError`."""
-        self._client.settimeout(max(0.001, self._ends - time.monotonic()))
+        left = self._ends - time.monotonic()
+        if left <= 0:  # which gevent does not look at as long as something is there
+            raise TimeoutError
+        self._client.settimeout(left)
         data: bytes = self._client.recv(min(size, PIECE))
         return data
 
@@ -242,6 +251,10 @@ class Connection:
         data, self._answer = self._answer, bytearray()
         if data:
             self.send(data)
+
+    def shutdown(self, _how: int) -> None:
+        """Forget an answer that has failed half way."""
+        self._answer.clear()
 
     def close(self) -> None:
         """Send the answer and close, once the client has, so that nothing it sends cuts the answer.

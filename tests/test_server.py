@@ -1,5 +1,6 @@
 """The real gunicorn: what only a socket, a signal or a process shows."""
 
+import http.client
 import os
 import re
 import shutil
@@ -142,7 +143,20 @@ def test_hup_replaces_the_workers_and_no_request_notices(make_server):
                 client.sendall(post(b'{"visitor":{"token":"%s-%d"}}' % (name, number)))
                 answers.append(client.recv(65_536)[:13])
 
-    threads = [threading.Thread(target=register, args=(name,)) for name in (b"a", b"b", b"c")]
+    def register_on_one_connection():
+        """Begin another one only where the last answer has said that it is the last."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        number = 0
+        while not over.is_set():
+            number += 1
+            connection.request("POST", PATH, b'{"visitor":{"token":"kept-%d"}}' % number)
+            answer = connection.getresponse()
+            answers.append(b"HTTP/1.1 %d " % answer.status)
+            answer.read()
+        connection.close()
+
+    threads = [threading.Thread(target=register, args=(name,)) for name in (b"a", b"b")]
+    threads.append(threading.Thread(target=register_on_one_connection))
     for thread in threads:
         thread.start()
     for _ in range(3):

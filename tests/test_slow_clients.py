@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -142,6 +143,30 @@ def test_what_does_not_begin_as_http_is_refused_though_more_may_come(server, dat
         assert time.monotonic() - start < 8  # and not when its 10 seconds are over
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.endswith(b'"errorType":"error-invalid-request"}')
+
+
+def test_empty_lines_without_end_hold_up_nobody(server):
+    with server.connect() as client, suppress(OSError):
+        for _ in range(1000):
+            client.sendall(b"\r\n" * 10_000)
+    assert server.register("after")[0] == 200
+    assert "Invalid request: InvalidRequestLine" in server.log()
+
+
+def test_a_head_that_is_too_large_is_refused_while_it_comes(server):
+    with server.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\n" + b"".join(b"X: %8000d\r\n" % n for n in range(12)))
+        assert client.recv(65_536).startswith(b"HTTP/1.1 431 ")
+
+
+def test_the_rest_of_a_body_that_nobody_reads_may_come_a_moment_later(server):
+    with server.connect() as client, client.makefile("rb") as answers:
+        for _ in range(20):
+            client.sendall(b"DELETE /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+            assert read_answer(answers)[0] == b"HTTP/1.1 404 Not Found\r\n"
+            client.sendall(b"{}")
+        client.sendall(WHOLE)
+        assert read_answer(answers)[0] == b"HTTP/1.1 200 OK\r\n"
 
 
 def test_an_empty_line_before_a_request_is_waited_for_as_a_part_of_it(server):
