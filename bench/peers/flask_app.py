@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 app = Flask(__name__)
 app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{os.environ['DATABASE']}"
 app.json.sort_keys = False
-db = SQLAlchemy(app)
+db = SQLAlchemy(app, session_options={"expire_on_commit": False})
 
 
 class Visitor(db.Model):
@@ -51,8 +51,8 @@ def date(moment):
 
 
 class FieldSchema(Schema):
-    key = fields.Str(required=True, validate=Length(1, 128))
-    value = fields.Str(required=True, validate=Length(max=4096))
+    key = fields.Str(required=True)
+    value = fields.Str(required=True)
     overwrite = fields.Bool(required=True)
 
 
@@ -61,10 +61,10 @@ class VisitorSchema(Schema):
         unknown = EXCLUDE
 
     token = fields.Str(required=True, validate=Length(1, 256))
-    name = fields.Str(validate=Length(max=256))
-    email = fields.Email(validate=Length(max=254))
-    phone = fields.Str(validate=Length(max=64))
-    department = fields.Str(validate=Length(max=128))
+    name = fields.Str()
+    email = fields.Email()
+    phone = fields.Str()
+    department = fields.Str()
     custom_fields = fields.List(fields.Nested(FieldSchema), data_key="customFields")
 
 
@@ -104,18 +104,15 @@ def register(given):
             held[field["key"]] = field["value"]
     found.fields = held
     found.updated = now
-    db.session.flush()
-    wire = found.wire()
     db.session.commit()
-    return wire
+    return found.wire()
 
 
 def meet(given):
     for column in ("token", "phone", "email"):
         if not given.get(column):
             continue
-        query = db.select(Visitor).filter_by(**{column: given[column]})
-        found = db.session.scalars(query.order_by(Visitor.number).limit(1)).first()
+        found = Visitor.query.filter_by(**{column: given[column]}).first()
         if found is not None:
             if column == "email":
                 found.token = given["token"]
