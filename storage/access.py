@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import TypeVar
 
 import apsw
@@ -28,6 +27,7 @@ from storage.lock import Lock, check_wal, turn
 IMPATIENT = 20  # times as long as a checkpoint waited in vain, none waits so long again
 
 T = TypeVar("T")
+Work = Callable[[apsw.Connection], T]  # what is done with a connection
 
 
 class Unavailable(Exception):
@@ -127,7 +127,7 @@ class Accesses:
                 access.files = now  # it has grown
         return False
 
-    def read(self, reader: Access, work: Callable[[apsw.Connection], T], anew: bool) -> T:
+    def read(self, reader: Access, work: Work[T], anew: bool) -> T:
         """Return what `work` reads on one state; for whoever holds the reader, or the scanner."""
         if anew:
             reader.close()
@@ -197,8 +197,11 @@ class Accesses:
         removed = access.files.wal != now.wal and not size(f"{self._path}-wal")
         if not removed or access.files.database != now.database:
             return
-        truncate = partial(self._run, connection.pragma, "wal_checkpoint", "TRUNCATE")
-        if pages_in_wal(connection) and truncate()[0]:
+        busy = (
+            pages_in_wal(connection)
+            and self._run(connection.pragma, "wal_checkpoint", "TRUNCATE")[0]
+        )
+        if busy:
             raise apsw.BusyError(f"{self._path}-wal was removed and is still being read")
         lock.leave(lock.note.without_wal())
 
@@ -221,6 +224,6 @@ class Accesses:
             access.close()
 
 
-def _read(connection: apsw.Connection, work: Callable[[apsw.Connection], T]) -> T:
+def _read(connection: apsw.Connection, work: Work[T]) -> T:
     with transaction(connection, "DEFERRED"):
         return work(connection)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import apsw
 
-from storage.access import Unavailable
+from storage.access import Unavailable, Work
 from storage.connection import FAULTS, savepoint
 
 T = TypeVar("T")
@@ -17,7 +16,7 @@ T = TypeVar("T")
 class Change(Generic[T]):
     """A call of `Database.write`; its thread waits until it is settled, or is to lead."""
 
-    def __init__(self, work: Callable[[apsw.Connection], T], erases: bool) -> None:
+    def __init__(self, work: Work[T], erases: bool) -> None:
         self._work = work
         self.erases = erases  # until it is known that it has failed
         self.leads = False  # whether its thread is to do what waits

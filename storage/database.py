@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import apsw
 
-from storage.access import Accesses, Unavailable
+from storage.access import Accesses, Unavailable, Work
 from storage.change import Change
 from storage.connection import TIMEOUT, Run, directly, transaction
 from storage.files import wal_is_whole
@@ -22,7 +21,6 @@ CROWDED = 4000  # pages in the WAL for which a checkpoint waits until the reader
 WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2, 0.5, 0.1
 
 T = TypeVar("T")
-Work = Callable[[apsw.Connection], T]
 
 
 class Database:
