@@ -8,8 +8,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
 
-test: .venv/dev  ## run the tests, on all processors
-	$(BIN)/pytest --numprocesses auto --dist loadfile --ignore tests/test_hostile.py
+test: .venv/dev  ## run the tests; four at a time, as most of them wait
+	$(BIN)/pytest --numprocesses 4 --dist loadfile --ignore tests/test_hostile.py
 	$(BIN)/pytest tests/test_hostile.py  # which measures CPU, and so is alone
 
 soak: .venv/dev  ## run the long versions of the tests of reliability, for some 15 minutes
@@ -43,7 +43,7 @@ requirements:  ## renew the pinned run-time dependencies
 	mv .venv/renewed requirements.txt && rm -rf .venv/renew build
 
 clean:  ## remove what make has made
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/clients/node_modules bench/peers/node_modules
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis tests/clients/node_modules bench/peers/node_modules
 
 %/node_modules: %/package.json
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix $*

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import json
+import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import falcon
-from falcon.media import JSONHandler
 
 import schemas
 import storage
 from resources import custom_fields, errors, service, visitor, visitors
+from resources.body import BodyLimit
 from resources.errors import log
 from resources.rate_limit import RateLimit
-from settings import Settings
-from worker import in_thread
+from settings import SettingError, Settings
 
 
 class Request(falcon.Request):
@@ -97,9 +95,8 @@ def create_app(
     middleware: list[Any] = [falcon.CORSMiddleware(settings.cors_origins), Common(settings)]
     if settings.rate_limit:
         middleware.append(RateLimit(settings.rate_limit, settings.trusted_proxies, clock))
+    middleware.append(BodyLimit())
     app = falcon.App(middleware=middleware, request_type=Request)
-    compact = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-    app.resp_options.media_handlers[falcon.MEDIA_JSON] = JSONHandler(dumps=compact)
     app.set_error_serializer(errors.serialize_error)
     app.add_error_handler(Exception, errors.answer_unforeseen)
     app.add_error_handler(schemas.InvalidParams, errors.refuse_params)
@@ -111,10 +108,23 @@ def create_app(
     return app
 
 
-def get_app() -> falcon.App[Any, Any]:
-    """Return the application that the environment describes; gunicorn's `wsgi_app` calls it."""
-    settings = Settings.from_environ()
-    database = storage.Database(settings.database, in_thread)
-    atexit.register(database.close)  # who closes last moves the WAL into the database file
+def serve(database: storage.Database, settings: Settings) -> falcon.App[Any, Any]:
+    """Return the application that serves the visitors in `database` as `settings` say."""
     store = storage.VisitorStore(database, settings.match, settings.custom_fields)
     return create_app(store, settings)
+
+
+def get_app() -> falcon.App[Any, Any]:
+    """Return the application that the environment describes, for any WSGI server with threads.
+
+    The database is created or upgraded, and closed when the process ends. Exit with one line where
+    the environment or the database is not as it has to be.
+    """
+    try:
+        settings = Settings.from_environ()
+        storage.prepare(settings.database, settings.match)
+    except (SettingError, storage.PrepareError) as error:
+        sys.exit(str(error))
+    database = storage.Database(settings.database)
+    atexit.register(database.close)  # which moves the WAL into the database file
+    return serve(database, settings)

@@ -1,34 +1,38 @@
 """The server's settings. Beware: every top-level name here that is a gunicorn setting is one."""
 
 import ctypes
+import gc
 import os
 import signal
+import socket
 import sys
+from http import HTTPStatus
 from types import MethodType
 
+from gunicorn import systemd, util
+from gunicorn.http.errors import ParseException
+
 import storage
+from server import Worker
 from settings import SettingError, Settings
-from worker import Worker
 
 try:
     _settings = Settings.from_environ()
 except SettingError as _error:
     sys.exit(str(_error))
 
-wsgi_app = "app:get_app()"  # so that `gunicorn` alone starts the service
-preload_app = True  # a worker boots at once then, and opens no file for it
+wsgi_app = "app:get_app()"  # for other classes of worker; ours makes its own
 bind = _settings.bind
-workers = _settings.workers
+workers = 1  # SQLite has one writer; whatever WEB_CONCURRENCY says, which hosts set by themselves
 worker_class = Worker
-worker_connections = 500  # of a worker; more wait until one has ended
-keepalive = 5  # seconds in which the next request of a connection may come
+worker_connections = 500  # beyond, the one without a whole request for longest makes room
+keepalive = 75  # seconds: longer than clients and proxies keep a connection they use again
 timeout = 30  # seconds until a worker that does not answer is killed; a write waits 5 at most
 graceful_timeout = 30  # seconds that a running request has after TERM
-limit_request_fields = 64  # of 8 KB each; a head of gunicorn's 100 costs 80 ms of CPU to refuse
-permit_unconventional_http_method = True  # the service says 405, where gunicorn says 400
 control_socket_disable = True  # it is on by default, at one path in HOME for all services
 access_log_format = "%(t)s %(s)s %(B)s bytes %(M)s ms"  # no URL: the path can hold a token
 
+Worker.settings = _settings
 
 _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
@@ -49,13 +53,17 @@ os.register_at_fork(
 
 
 def on_starting(server):
-    """Make the database ready once, before the fork; nothing of it stays open."""
+    """Prepare the database once, before the fork; nothing of it stays open."""
     if server.cfg.is_ssl and issubclass(server.worker_class, Worker):
         sys.exit("TLS is for a proxy in front, or for another class of worker: -k gthread")
+    if server.cfg.reload:
+        sys.exit("--reload would not load the code again, as it is loaded before the fork: restart")
+    _try_to_bind(server)
     try:
         new, visitors = storage.prepare(_settings.database, _settings.match)
     except storage.PrepareError as error:
         sys.exit(str(error))
+    Worker.identity = storage.identity(_settings.database)
     if new:
         server.log.info("new database at %s", _settings.database)
     else:
@@ -64,19 +72,48 @@ def on_starting(server):
         server.log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
 
 
-def post_fork(server, worker):
-    """Let a worker end with its master, and one of another class than ours refuse in our shape.
+def _try_to_bind(server):
+    """Exit with one line where an address is taken, instead of gunicorn's 5 tries."""
+    if "GUNICORN_FD" in os.environ or systemd.listen_fds(unset_environment=False):
+        return  # the sockets are inherited
+    for address in server.cfg.address:
+        if not isinstance(address, tuple):
+            continue  # a path, where gunicorn replaces what is there, or a descriptor
+        try:
+            family, kind, _, _, name = socket.getaddrinfo(*address[:2], type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as trying:
+                trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trying.bind(name)
+        except OSError as error:
+            sys.exit(f"{address[0]}:{address[1]}: cannot listen there: {error.strerror}")
 
-    By itself it notices the end of its master after a second, or 15, in which no other could have
-    the port.
+
+def nworkers_changed(server, new_value, old_value):
+    """Keep one worker, after `--workers` and TTIN too."""
+    if new_value > 1:
+        server.log.warning("there is always one worker: SQLite has one writer")
+        server.cfg.set("workers", 1)
+        server.num_workers = 1
+
+
+def pre_fork(server, worker):
+    """Let master and worker share their memory, which the garbage collector would write to."""
+    gc.collect()
+    gc.freeze()
+
+
+def post_fork(server, worker):
+    """Let a worker end with its master, which else it notices only after a second.
+
+    Let one of another class log what it refuses without quoting the client.
     """
     if not isinstance(worker, Worker):
-        worker.handle_error = MethodType(Worker.handle_error, worker)
+        worker.handle_error = MethodType(_refuse, worker)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: prctl(2)
 
 
-def pre_request(worker, req):
-    """Close a connection after some requests, or one worker could have all of them for ever."""
-    if req.req_number >= 64:
-        req.force_close()
+def _refuse(worker, request, client, address, error):
+    status = 400 if isinstance(error, ParseException) else 500
+    worker.log.warning("Refused with %d: %s", status, type(error).__name__)
+    util.write_error(client, status, HTTPStatus(status).phrase, "")

@@ -126,7 +126,7 @@ def purge(args: argparse.Namespace, database: str) -> None:
                 gone += went
                 progress.update(went)
         finally:
-            forgotten = maintenance.forget(target, database)
+            forgotten = not gone or maintenance.forget(target)
     print(f"purged {some(gone)} last changed before {since}")
     told(forgotten)
 
@@ -134,10 +134,8 @@ def purge(args: argparse.Namespace, database: str) -> None:
 def erase(args: argparse.Namespace, database: str) -> None:
     """Delete every visitor of a person, and say what went without saying whose it was."""
     with closing(maintenance.writable(database)) as target:
-        try:
-            gone = maintenance.erase_person(target, args.person)
-        finally:
-            forgotten = maintenance.forget(target, database)
+        gone = maintenance.erase_person(target, args.person)
+        forgotten = not gone or maintenance.forget(target)
     if not gone:
         raise Failed("nobody has that token, phone or email")
     for visitor in gone:
@@ -152,7 +150,7 @@ def told(forgotten: bool) -> None:
     if not forgotten:
         raise Failed(
             "their bytes are still in the WAL, as another program reads an older state:"
-            " they go with the first registration after that, or run this again"
+            " the running service takes them away after that, or run this again"
         )
 
 
@@ -338,7 +336,7 @@ def sync(path: str) -> None:
 
 def guard(path: str, database: str) -> None:
     """Raise `Failed` where `path` is a file of the database itself."""
-    own = {f"{database}{suffix}" for suffix in ("", "-wal", "-shm", "-lock")}
+    own = {f"{database}{suffix}" for suffix in ("", "-wal", "-shm")}
     same = os.path.exists(path) and os.path.exists(database) and os.path.samefile(path, database)
     if same or os.path.realpath(path) in own:
         raise Failed(f"{path}: belongs to the database itself")

@@ -22,7 +22,6 @@ class Settings:
     """What can be configured; every default is the contract's."""
 
     bind: str = "127.0.0.1:3000"  # PORT and LIVECHAT_HOST; gunicorn judges it
-    workers: str = "2"  # WEB_CONCURRENCY; gunicorn judges it
     database: str = "livechat.db"  # LIVECHAT_DB
     match: tuple[str, ...] = ("token",)  # LIVECHAT_MATCH
     departments: Mapping[str, str] = field(default_factory=dict)  # id or name -> id; empty: any
@@ -47,7 +46,6 @@ class Settings:
 
         return cls(
             bind=_bind(read("LIVECHAT_HOST"), read("PORT")),
-            workers=_workers(read("WEB_CONCURRENCY") or cls.workers),
             database=_database(read("LIVECHAT_DB", cls.database)),
             match=_match(read("LIVECHAT_MATCH") or "token"),
             departments=_departments(read("LIVECHAT_DEPARTMENTS")),
@@ -74,19 +72,13 @@ def _bind(host: str, port: str) -> str:
     return f"{host}:{port or 3000}"
 
 
-def _workers(value: str) -> str:
-    if value.strip() == "0":  # which gunicorn takes, and then never answers
-        raise SettingError("WEB_CONCURRENCY: 0 workers would answer nobody")
-    return value
-
-
 def _database(path: str) -> str:
     if not path.strip():
         raise SettingError("LIVECHAT_DB: the name is empty")
     if path == ":memory:" or path.startswith("file:"):
-        # Each worker process would have a database of its own, and lose it.
+        # It would be lost with the process.
         raise SettingError(f"LIVECHAT_DB: {path!r} is not a file; give the path of one")
-    return os.path.realpath(path)  # SQLite's WAL is beside the file itself, and so is our lock
+    return os.path.realpath(path)  # SQLite's WAL is beside the file itself
 
 
 def _match(value: str) -> tuple[str, ...]:

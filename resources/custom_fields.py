@@ -10,7 +10,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import bare_refusal
+from resources.errors import bare_refusal, to_json
 
 
 def _set_fields(
@@ -26,6 +26,9 @@ def _set_fields(
     except storage.TooManyFields:
         error = f"must NOT have more than {storage.MAX_FIELDS} items [invalid-params]"
         raise schemas.InvalidParams(error) from None
+    except storage.FieldsTooLarge:
+        error = f"must NOT have more than {storage.MAX_FIELDS_BYTES} bytes [invalid-params]"
+        raise schemas.InvalidParams(error) from None
 
 
 class CustomFieldResource:
@@ -40,7 +43,7 @@ class CustomFieldResource:
         body = read(req, self._check)
         _set_fields(self._store, body["token"], [body])
         field = {key: body[key] for key in ("key", "value", "overwrite")}
-        resp.media = {"field": field, "success": True}
+        resp.data = to_json({"field": field, "success": True})
 
 
 class CustomFieldsResource:
@@ -58,4 +61,4 @@ class CustomFieldsResource:
             {"Key": field["key"], "value": field["value"], "overwrite": field["overwrite"]}
             for field in body["customFields"]
         ]
-        resp.media = {"fields": fields, "success": True}
+        resp.data = to_json({"fields": fields, "success": True})

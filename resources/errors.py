@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import traceback
 from typing import Any
@@ -13,6 +14,14 @@ import storage
 
 MAX_BODY = 65_536  # bytes
 RETRY_AFTER = 5  # seconds
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def to_json(value: Any) -> bytes:
+    """Return a value as every body has it: compact JSON in UTF-8."""
+    return _encode(value).encode()
+
 
 # A child of gunicorn's logger: the lines go where gunicorn's own go, in its format.
 log = logging.getLogger("gunicorn.error.livechat")
@@ -51,6 +60,12 @@ def refusal(error_type: str, **details: str) -> Refusal:
     return Refusal(status, {"error": error, "errorType": error_type, **more})
 
 
+def invalid_request(reason: str, status: int = 400) -> Refusal:
+    """Return the refusal of what is not HTTP, or beyond a limit; `reason` quotes no data."""
+    kind = "error-invalid-request"
+    return Refusal(status, {"error": f"{reason} [{kind}]", "errorType": kind})
+
+
 def bare_refusal(error_type: str) -> Refusal:
     """Return a 400 that says its type and no more, as Rocket.Chat does for some."""
     return Refusal(400, {"error": error_type, "errorType": error_type})
@@ -64,7 +79,7 @@ def serialize_error(req: falcon.Request, resp: falcon.Response, error: falcon.HT
         error = refusal(types.get(status, "error-invalid-request"))
     if error.status == 503:
         resp.set_header("Retry-After", str(RETRY_AFTER))
-    resp.media = error.body
+    resp.data = to_json(error.body)
 
 
 def refuse_params(
@@ -90,7 +105,12 @@ def answer_unavailable(
 def answer_unforeseen(
     req: falcon.Request, resp: falcon.Response, error: Exception, params: Any
 ) -> None:
-    """Answer a bug; where it happened is logged, not its text, which could quote the visitor."""
+    """Answer a bug."""
+    log_unforeseen(error)
+    raise refusal("error-internal")
+
+
+def log_unforeseen(error: Exception) -> None:
+    """Log a bug: where it happened, and not its text, which could quote the visitor."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.critical("Unforeseen %s, please report it:\n%s", type(error).__name__, frames)
-    raise refusal("error-internal")

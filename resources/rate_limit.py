@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import mmap
 import os
-import struct
-import tempfile
 import threading
 from collections.abc import Callable
 from hashlib import blake2b
@@ -19,56 +15,34 @@ from resources.errors import Refusal
 
 PREFIX = "/api/v1/livechat/"
 WINDOW = 60_000  # milliseconds
-SLOTS = 2**19  # of 16 bytes: more than a machine of this kind answers calls in a minute
-PROBES = 64  # slots that are looked at for one client
+MOST_KEYS = 100_000  # that are counted in one window: some 15 MB
 
 
 class Calls:
-    """Counts of calls in windows of a minute, shared by all processes that are forked later.
+    """Counts of calls in windows of a minute, for any number of threads; they end with the process.
 
-    A hash table in memory that belongs to no file: nothing of it is left when the service stops,
-    and a window that has passed makes room by itself. No kept library counts over processes
-    without a server or the standard library's sqlite3, which is not ours (a second SQLite in one
-    process is unsafe).
+    At most `MOST_KEYS` are counted in one window: a call of one more counts as its first one.
     """
-
-    _slot = struct.Struct("=8sII")  # whose, in which window, how many
 
     def __init__(self, clock: Callable[[], int] = storage.milliseconds) -> None:
         self._clock = clock
-        self._table = mmap.mmap(-1, SLOTS * self._slot.size)
-        self._threads = threading.Lock()
-        # A file without a name, of no content, for its lock: that of lockf(3) belongs to a process
-        # and ends with it, also where it is killed.
-        self._processes, name = tempfile.mkstemp()
-        os.unlink(name)
+        self._window: int | None = None
+        self._counts: dict[bytes, int] = {}
+        self._lock = threading.Lock()
 
     def count(self, key: bytes) -> tuple[int, int]:
-        """Count a call of `key`, 8 bytes; return the calls it has had and when the window ends.
+        """Count a call of `key`; return the calls it has had and when the window ends.
 
-        The end is in milliseconds since 1970. Where a machine is so fast that the table is full,
-        a call counts as a first one.
+        The end is in milliseconds since 1970.
         """
-        with self._threads:
-            fcntl.lockf(self._processes, fcntl.LOCK_EX)
-            try:
-                window = self._clock() // WINDOW  # read here, so that it never goes back
-                return self._count(key, window), (window + 1) * WINDOW
-            finally:
-                fcntl.lockf(self._processes, fcntl.LOCK_UN)
-
-    def _count(self, key: bytes, window: int) -> int:
-        first = int.from_bytes(key)
-        for probe in range(PROBES):
-            offset = (first + probe) % SLOTS * self._slot.size
-            holder, held_in, calls = self._slot.unpack_from(self._table, offset)
-            if held_in != window:  # free, as no slot is freed before its window has passed
-                calls = 0
-            elif holder != key:
-                continue
-            self._slot.pack_into(self._table, offset, key, window, calls + 1)
-            return int(calls + 1)
-        return 1
+        with self._lock:
+            window = self._clock() // WINDOW
+            if window != self._window:
+                self._window, self._counts = window, {}
+            calls = self._counts.get(key, 0) + 1
+            if calls > 1 or len(self._counts) < MOST_KEYS:
+                self._counts[key] = calls
+            return calls, (window + 1) * WINDOW
 
 
 class RateLimit:
@@ -79,7 +53,7 @@ class RateLimit:
         self._proxies = proxies
         self._clock = clock
         self._calls = Calls(clock)
-        self._secret = os.urandom(16)  # so that no address can be read from the table
+        self._secret = os.urandom(16)  # so that nobody can choose an address that counts as another
 
     def process_resource(
         self,

@@ -10,7 +10,7 @@ import falcon
 
 import schemas
 import storage
-from resources.errors import RETRY_AFTER, log_unavailable
+from resources.errors import RETRY_AFTER, log_unavailable, to_json
 from settings import VERSION
 
 API_VERSION = "8.8"  # of the Rocket.Chat API that is spoken here, which clients check
@@ -20,11 +20,11 @@ class FixedResource:
     """GET of what never changes: `/`, `/api/info`, `/livez`, `/health`, `/api/openapi.json`."""
 
     def __init__(self, media: dict[str, Any]) -> None:
-        self._media = media
+        self._body = to_json(media)  # once, as the OpenAPI document takes some milliseconds
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200; nothing is touched."""
-        resp.media = self._media
+        resp.data = self._body
 
     on_head = on_get
 
@@ -56,7 +56,7 @@ class ReadyResource:
             status = "unavailable"
             resp.status = falcon.HTTP_503
             resp.set_header("Retry-After", str(RETRY_AFTER))
-        resp.media = {"status": status, "checks": {"database": {"status": status}}}
+        resp.data = to_json({"status": status, "checks": {"database": {"status": status}}})
 
     on_head = on_get
 

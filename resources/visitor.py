@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import Refusal, refusal
+from resources.errors import Refusal, refusal, to_json
 from settings import Settings
 
 # JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
@@ -66,7 +66,12 @@ class VisitorResource:
                 f"Match error: Expected at most {storage.MAX_FIELDS} items"
                 " in field visitor.customFields"
             ) from None
-        resp.media = {"visitor": visitor, "success": True}
+        except storage.FieldsTooLarge:
+            raise schemas.InvalidParams(
+                f"Match error: Expected at most {storage.MAX_FIELDS_BYTES} bytes"
+                " in field visitor.customFields"
+            ) from None
+        resp.data = to_json({"visitor": visitor, "success": True})
 
 
 class VisitorByTokenResource:
@@ -81,7 +86,7 @@ class VisitorByTokenResource:
             visitor = self._store.find(_token(req))
         except storage.VisitorNotFound:
             raise invalid_token() from None
-        resp.media = {"visitor": visitor, "success": True}
+        resp.data = to_json({"visitor": visitor, "success": True})
 
     on_head = on_get
 
@@ -91,7 +96,7 @@ class VisitorByTokenResource:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
             raise invalid_token() from None
-        resp.media = {"visitor": erased, "success": True}
+        resp.data = to_json({"visitor": erased, "success": True})
 
 
 def _token(req: falcon.Request) -> str:
@@ -123,4 +128,4 @@ class VisitorStatusResource:
             self._store.find(body["token"])
         except storage.VisitorNotFound:
             raise invalid_token() from None
-        resp.media = {"token": body["token"], "status": body["status"], "success": True}
+        resp.data = to_json({"token": body["token"], "status": body["status"], "success": True})

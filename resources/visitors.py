@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import parse
-from resources.errors import Refusal, bare_refusal
+from resources.errors import Refusal, bare_refusal, to_json
 from settings import Settings
 
 DEFAULT_COUNT = 50
@@ -51,7 +51,7 @@ class VisitorInfoResource:
         except storage.VisitorNotFound:
             raise bare_refusal("visitor-not-found") from None
         del visitor["token"]
-        resp.media = {"visitor": visitor, "success": True}
+        resp.data = to_json({"visitor": visitor, "success": True})
 
     on_head = on_get
 
@@ -76,13 +76,15 @@ class VisitorSearchResource:
         offset = int(min(query.get("offset", 0), storage.MAX_INTEGER))
         sort = _sort(query.get("sort", ""))
         visitors, total = self._store.search(query["term"], sort, offset, count)
-        resp.media = {
-            "visitors": visitors,
-            "count": len(visitors),
-            "offset": offset,
-            "total": total,
-            "success": True,
-        }
+        resp.data = to_json(
+            {
+                "visitors": visitors,
+                "count": len(visitors),
+                "offset": offset,
+                "total": total,
+                "success": True,
+            }
+        )
 
     on_head = on_get
 

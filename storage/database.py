@@ -1,147 +1,611 @@
-"""One prepared SQLite file, written and read by several processes and threads."""
+"""One SQLite file: open it, read it, write to it in groups, and recover from its faults."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from json import JSONDecodeError
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import apsw
 
-from storage.access import Accesses, Unavailable, Work
-from storage.change import Change
-from storage.connection import TIMEOUT, Run, directly, transaction
-from storage.files import wal_is_whole
-from storage.lock import Lock, Note, WalRemoved, turn
+from storage.scrubber import NAME, register
 
-CHECKPOINT = 1000  # pages that the WAL grows by from one checkpoint to the next
-CROWDED = 4000  # pages in the WAL for which a checkpoint waits until the readers let it restart
-# Seconds that a checkpoint waits for readers: so long that our own searches end meanwhile,
-# and so short for what has failed before that another program's reader does not hold up writers.
-WAIT_ERASE, WAIT_RESTART, WAIT_AGAIN = 2, 0.5, 0.1
+APPLICATION_ID = 0x4C435631  # "LCV1", in the header of every database of ours
+TIMEOUT = 5.0  # seconds that one read or write may wait, in queues and in SQLite together
+GROUP_TIME = 0.02  # seconds of work after which a group of writes is committed
+BEGIN_RETRY = 0.002  # seconds between two tries to begin while another program is writing
+CHECKPOINT = 1000  # pages by which the WAL grows from one checkpoint to the next
+CROWDED = 4000  # pages in the WAL from which on it is to be emptied, as for an erasure
+ERASE_TIME = 2.0  # seconds that an erasure waits for those who read an older state
+ERASE_RETRY = 0.02  # seconds between two tries meanwhile
+IN_VAIN = 40.0  # seconds after a wait in vain in which no erasure waits again
+SMALL = 2**22  # bytes of a database, some 20,000 visitors, that takes 10 ms to look through
 
 T = TypeVar("T")
+Work = Callable[[apsw.Connection], T]  # what is done with a connection; it returns no cursor
+
+_RESTORE = "stop the service and restore a backup"
+# What SQLite raises when the file, the disk or another program is at fault, not our SQL.
+FAULTS = (
+    *(apsw.BusyError, apsw.CantOpenError, apsw.CorruptError, apsw.FullError, apsw.IOError),
+    *(apsw.LockedError, apsw.NoMemError, apsw.NotADBError, apsw.PermissionsError),
+    *(apsw.ProtocolError, apsw.ReadOnlyError, OSError, JSONDecodeError, UnicodeDecodeError),
+    apsw.SQLError,  # of a schema that is not ours
+)
+# What the operator can do about it, where the message does not say that already.
+ADVICE: dict[type[Exception], str] = {
+    apsw.BusyError: "it goes on once whoever locks the database is done",
+    apsw.FullError: "make room on its disk",
+    apsw.PermissionsError: "let the service write the file and its folder",
+    apsw.ReadOnlyError: "let the service write the file and its folder",
+    FileNotFoundError: f"put the file back, or {_RESTORE}",
+} | dict.fromkeys(
+    (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, JSONDecodeError, UnicodeDecodeError),
+    _RESTORE,
+)
+# Those that may be of one visitor's row alone: the transaction goes on, if SQLite lets it.
+OF_ONE_ROW = (apsw.CorruptError, apsw.SQLError, JSONDecodeError, UnicodeDecodeError)
+
+
+class Unavailable(Exception):
+    """The database cannot be written or read just now; says why, and where it can what to do."""
+
+
+LOCKED = apsw.BusyError("another write takes too long")
+
+
+class PendingWrite(Generic[T]):
+    """A write that waits for its commit."""
+
+    def __init__(self, work: Work[T], erases: bool = False) -> None:
+        self.erases = erases
+        self.deadline = time.monotonic() + TIMEOUT
+        self.error: Exception | None = None
+        self._work = work
+        self._result: Any = None
+
+    def run(self, connection: apsw.Connection) -> None:
+        """Do the work, or nothing of it. Raise only what ends the whole transaction."""
+        fault: Exception | None = None
+        try:
+            with connection:  # inside a transaction this is a savepoint
+                try:
+                    self._result = self._work(connection)
+                except Exception as error:
+                    fault = error  # the savepoint raises another one where SQLite has undone all
+                    raise
+        except Exception as error:
+            fault = fault or error
+            ends = isinstance(fault, FAULTS) and not isinstance(fault, OF_ONE_ROW)
+            if ends or not connection.in_transaction:
+                raise fault from None
+            self.fail(fault)
+
+    def fail(self, error: Exception) -> None:
+        """Let `outcome` raise this; a fault as `Unavailable`."""
+        if isinstance(error, FAULTS):
+            self.error = Unavailable(describe(error))
+            self.error.__cause__ = error
+        else:
+            self.error = error
+
+    def outcome(self) -> T:
+        """Return what the work returned, once it is on the disk, or raise why it is not."""
+        if self.error is not None:
+            raise self.error
+        result: T = self._result
+        return result
+
+
+class Waiting:
+    """How a caller waits: here by blocking its thread, with a transaction for each write."""
+
+    def __init__(self) -> None:
+        self._free = threading.Lock()
+
+    def commit(self, database: Database, write: PendingWrite[Any]) -> None:
+        """Return when `write` is on the disk, or has an error."""
+        if not self._free.acquire(timeout=TIMEOUT):
+            write.fail(LOCKED)
+            return
+        try:
+            while not (group := database.run_group([write])):
+                if time.monotonic() > write.deadline:
+                    write.fail(LOCKED)
+                    return
+                time.sleep(BEGIN_RETRY)
+            database.commit_group(group)
+            database.checkpoint()
+        finally:
+            self._free.release()
+        if not write.erases:
+            with suppress(Unavailable):  # of what may be done later
+                database.tidy(0)
+
+    def in_thread(self, call: Callable[[], T]) -> T:
+        """Return the result of a call that takes long, or waits."""
+        return call()
+
+    def on_disk(self, call: Callable[[], T]) -> T:
+        """Return the result of a call that waits for the disk alone."""
+        return call()
+
+    def sleep(self, seconds: float) -> None:
+        """Return after so many seconds."""
+        time.sleep(seconds)
+
+
+Identity = tuple[int, int]  # device and inode of a file: a renamed file keeps them
+NONE: Identity = (0, 0)  # of a file that is not there
+
+
+class Files(NamedTuple):
+    """The database file, its WAL and the WAL's index, as they are at a path."""
+
+    database: Identity
+    wal: Identity
+    shm: Identity
+    length: int  # bytes of the database file
+
+
+def look_at(path: str) -> tuple[Files, int]:
+    """Return the files at `path`, and the bytes of the WAL; raise FileNotFoundError."""
+    database = os.stat(path)
+    wal, bytes_in_wal = _look(f"{path}-wal")
+    shm, _ = _look(f"{path}-shm")
+    return Files((database.st_dev, database.st_ino), wal, shm, database.st_size), bytes_in_wal
+
+
+def _look(path: str) -> tuple[Identity, int]:
+    """Return which file is there, and its size."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return NONE, 0
+    return (status.st_dev, status.st_ino), status.st_size
+
+
+class Handle:
+    """One connection, for one thread at a time."""
+
+    def __init__(self, seconds: float = 0, checkpoints: bool = False) -> None:
+        self.lock = threading.Lock()
+        self.seconds = seconds  # for which SQLite waits inside a call
+        self.checkpoints = checkpoints
+        self.connection: apsw.Connection | None = None
+        self.stale = False  # whether it is to be closed by whoever holds it
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        if self.stale:
+            self.close()
+        self.lock.release()
+
+    def close(self) -> None:
+        """Close it; its next use opens it again."""
+        self.stale = False
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 class Database:
     """The prepared file at `path`, for any number of threads; opened at its first use.
 
-    A commit waits for the disk, so writes that wait at one moment share one: one thread leads,
-    and does the others' work with its own. What waits is called by `run`.
+    One connection writes, one reads what is quick, one reads what takes long, and one checkpoints.
+    The checkpointing one stays open, so that no other program is ever the last one to close the
+    database, which would remove the WAL.
+
+    `identity` is which file the start has prepared. Without it the first use says so.
     """
 
-    def __init__(self, path: str, run: Run = directly) -> None:
-        self._path, self._run = path, run
-        self._accesses = Accesses(path, run)
-        self._mutex = threading.Lock()  # of the next two
-        self._waiting: list[Change[Any]] = []
-        self._led = False  # whether a thread leads
-        self._checkpointed = 0  # pages in the WAL at the last checkpoint
+    def __init__(
+        self, path: str, waiting: Waiting | None = None, identity: Identity | None = None
+    ) -> None:
+        self.path = path
+        self._waiting = waiting or Waiting()
+        self._identity = identity
+        self._prepared = identity is not None
+        self._files: Files | None = None  # which were last seen there, once one was opened
+        self._writer, self._reader = Handle(), Handle()
+        self._scanner, self._checkpointer = Handle(TIMEOUT), Handle(checkpoints=True)
+        self._handles = (self._writer, self._reader, self._scanner, self._checkpointer)
+        self._opening = threading.Lock()
+        self._frame = 0  # bytes of a page in the WAL, with its header
+        self._pages = 0  # in the WAL after the last commit
+        self._checkpointed = 0  # pages that were in it at the last checkpoint
+        self._erasure_due = True  # as a process that ended may have left one
+        self._version = 0  # which changes when another process writes
+        self._erasures = 0  # how many are being waited for
+        self._no_erasure = threading.Event()  # set while it is none
+        self._no_erasure.set()
+        self._impatient_until = 0.0  # seconds of `time.monotonic`, until which none waits
+
+    def open(self) -> None:
+        """Open the file, and hold it open; raise `Unavailable`."""
+        with self._held(self._checkpointer):
+            pass
 
     def write(self, work: Work[T], erases: bool = False) -> T:
-        """Run `work` alone and wholly, or not at all; return what it returns, which is no cursor.
+        """Run `work` in a transaction; return its result once that is on the disk.
 
-        When this returns, the change is on the disk; when `work` raises, nothing has changed.
-        What `work` deletes or replaces is gone from the files at the next checkpoint. If it
-        `erases`, that comes before this returns, or with the first write after another program
-        has read an older state to its end.
-        Raise `Unavailable` where the database cannot be written within `TIMEOUT`, or could not
-        tell: the disk may have the change, and not the checkpoint.
+        When `work` raises, nothing has changed. What `work` deletes or replaces is gone from the
+        database file at the next checkpoint. If it `erases`, this returns when the old bytes are
+        gone from the file and the WAL; where another program reads an older state for longer than
+        `ERASE_TIME`, they go later, by themselves.
+        Raise `Unavailable` where the database cannot be written, or where that is not known: the
+        commit is then done or not, or it is done and the old bytes are not gone.
+        """
+        write = PendingWrite(work, erases)
+        self._waiting.commit(self, write)
+        result = write.outcome()
+        if erases:
+            self.tidy()
+        return result
+
+    def read(self, work: Work[T]) -> T:
+        """Return the result of `work`, which is one quick SELECT; raise `Unavailable`."""
+        try:
+            with self._held(self._reader) as connection:
+                return work(connection)
+        except Unavailable as fault:
+            if not isinstance(fault.__cause__, apsw.BusyError):
+                raise
+        return self.scan(work)  # which can wait for whoever locks out readers
+
+    def scan(self, work: Work[T], anew: bool = False) -> T:
+        """Return the result of `work`, which reads for long, on one state; raise `Unavailable`.
+
+        `anew` reads the files and not what is in memory of them.
         """
         deadline = time.monotonic() + TIMEOUT
-        change = Change(work, erases)
-        with self._mutex:
-            self._waiting.append(change)
-            change.leads, self._led = not self._led, True
-        if change.leads or self._is_next(change, deadline):
-            self._lead(change, deadline)
-        return change.outcome()
+        return self._waiting.in_thread(partial(self._scan, work, anew, deadline))
 
-    def read(self, work: Work[T], anew: bool = False, scans: bool = False) -> T:
-        """Run `work`, which only reads, on one state; return what it returns, which is no cursor.
+    def tidy(self, seconds: float = ERASE_TIME) -> bool:
+        """Empty the WAL where it holds erased data, or far too much; return whether it is tidy.
 
-        What is read `anew` comes from the files; what `scans` many rows keeps only such waiting.
-        Raise `Unavailable` where the database cannot be read within `TIMEOUT`.
+        Wait for scans of our own that read an older state, and for so many seconds for other
+        programs; but not for a while once that was in vain, as an export of a large database takes
+        a minute. Raise `Unavailable`.
         """
-        deadline, accesses = time.monotonic() + TIMEOUT, self._accesses
-        reader = accesses.scanner if scans else accesses.reader
+        start = time.monotonic()
+        if start < self._impatient_until:
+            seconds = 0
+        self._erasures += 1
+        self._no_erasure.clear()
         try:
-            with reader.held(deadline):
-                if not accesses.have_moved():
-                    return accesses.read(reader, work, anew)
-        except Unavailable as fault:
-            if not isinstance(fault.__cause__, WalRemoved):
-                raise
-        with accesses.writer.held(deadline), turn(self._path, deadline, self._run) as lock:
-            accesses.follow(lock, deadline)
-        with reader.held(deadline):
-            return accesses.read(reader, work, anew)
+            while self._erasure_due or self._pages > CROWDED:
+                scanning = self._scanner.lock.locked()
+                if self._waiting.on_disk(self._empty_wal):
+                    break
+                if time.monotonic() > start + (ERASE_TIME if scanning else seconds):
+                    if seconds:
+                        self._impatient_until = time.monotonic() + IN_VAIN
+                    return False
+                self._waiting.sleep(ERASE_RETRY)
+            return True
+        finally:
+            self._erasures -= 1
+            if not self._erasures:
+                self._no_erasure.set()
+
+    def look_after(self) -> None:
+        """Tidy the WAL, also after a write of another process, which may have been an erasure.
+
+        Raise `Unavailable`. To be called about once a second.
+        """
+        with self._held(self._writer, seconds=0) as writer:  # not while it is committing
+            version = writer.pragma("data_version")
+        self._erasure_due |= version != self._version
+        self._version = version
+        self.tidy(0)
 
     def close(self) -> None:
-        """Close the file, if it is open, whose WAL goes into it; the next use opens it again."""
-        self._accesses.close(time.monotonic() + TIMEOUT)
+        """Close the file. The WAL goes into it, unless another program has it open."""
+        with ExitStack() as held:
+            for handle in self._handles:
+                handle.lock.acquire(timeout=TIMEOUT)
+                held.callback(handle.release)
+            with suppress(FileNotFoundError):
+                now, _ = look_at(self.path)
+                # Not where one was moved away, and may be put back.
+                if self._files and now[:2] == self._files[:2]:
+                    merge_on_close(self._checkpointer.connection)
+            for handle in self._handles:  # the one that checkpoints last
+                handle.close()
+            self._files, self._pages, self._checkpointed = None, 0, 0
 
-    def _is_next(self, change: Change[Any], deadline: float) -> bool:
-        """Wait until the change is done, or return True where its thread is to lead."""
-        if not change.wait(deadline - time.monotonic()):
-            with self._mutex:
-                if change in self._waiting and not change.leads:
-                    self._waiting.remove(change)
-                    raise Unavailable("BusyError: the queue in this process")
-            change.wait()  # somebody has taken it up at this moment
-        return change.leads
+    # What `Waiting.commit` and the server's `Turns` call.
 
-    def _lead(self, change: Change[Any], deadline: float) -> None:
-        """Do all changes that wait, this one among them, in one transaction."""
-        changes = [change]
-        fault: str | None = "the write was given up"
-        try:
-            writer = self._accesses.writer
-            with writer.held(deadline), turn(self._path, deadline, self._run) as lock:
-                self._accesses.follow(lock, deadline)
-                connection = writer.connection()
-                if not wal_is_whole(connection, self._path):
-                    raise apsw.IOError(f"{self._path}-wal was cut")
-                connection.set_busy_timeout(max(1, int(1000 * (deadline - time.monotonic()))))
-                with transaction(connection, run=self._run):
-                    with self._mutex:  # only now, when no other could have been done before
-                        changes, self._waiting = self._waiting, []
-                    for one in changes:
-                        one.do(connection)
-                    # Before the commit, so that no crash forgets what is to be erased.
-                    erasing = any(one.erases for one in changes) or lock.note.erasing
-                    lock.leave(Note(erasing, writer.files))
-                for one in changes:
-                    if not one.erases:
-                        one.settle()
-                self._tidy(lock, any(one.erases for one in changes))
-                fault = None
-        except Unavailable as unavailable:
-            fault = str(unavailable)
-        finally:
-            for one in changes:
-                one.settle(fault)
-            with self._mutex:
-                if change in self._waiting:  # it was not even begun
-                    self._waiting.remove(change)
-                if self._waiting:
-                    self._waiting[0].lead()
-                else:
-                    self._led = False
+    def run_group(self, writes: Sequence[PendingWrite[Any]]) -> Sequence[PendingWrite[Any]]:
+        """Begin a transaction, and run as many of the writes in it as `GROUP_TIME` allows.
 
-    def _tidy(self, lock: Lock, erased: bool) -> None:
-        """Checkpoint where something is to be erased, or the WAL has grown by so much.
-
-        What another program's reader prevents is tried again by whoever writes next.
+        Return those that ran, for `commit_group`. Return none while another program is writing:
+        then try again. It never waits.
         """
-        if lock.note.erasing:
-            if self._accesses.checkpoint("TRUNCATE", WAIT_ERASE if erased else WAIT_AGAIN):
-                lock.leave(lock.note._replace(erasing=False))
-            return
-        pages = self._accesses.writer.wal_pages
-        if pages < self._checkpointed:
-            self._checkpointed = 0  # the WAL has begun anew
-        if pages - self._checkpointed >= CHECKPOINT:
-            self._checkpointed = pages
-            # One that does not wait never ends where one reader follows the other.
-            self._accesses.checkpoint("PASSIVE" if pages < CROWDED else "RESTART", WAIT_RESTART)
+        writer = self._writer
+        writer.lock.acquire()
+        ran = 0
+        try:
+            try:
+                connection = self._usable(writer)
+                connection.execute("BEGIN IMMEDIATE")
+            except apsw.BusyError:
+                writer.release()
+                return []
+            end = time.monotonic() + GROUP_TIME
+            for write in writes:
+                ran += 1
+                write.run(connection)
+                if isinstance(write.error, Unavailable):
+                    writer.stale = True  # so that a bad page does not stay in its memory
+                if time.monotonic() > end:
+                    break
+            return writes[:ran]
+        except Exception as fault:
+            group = writes[: ran or None]  # all of them, where nothing could be begun
+            self._fail(group, fault)
+            return group
+
+    def commit_group(self, group: Sequence[PendingWrite[Any]]) -> None:
+        """Commit what `run_group` has begun; after that each write has its outcome.
+
+        It waits for the disk.
+        """
+        writer = self._writer
+        try:
+            if writer.connection is not None and writer.connection.in_transaction:
+                writer.connection.execute("COMMIT")
+                self._erasure_due |= any(write.erases and write.error is None for write in group)
+        except Exception as fault:
+            self._fail(group, fault)
+        finally:
+            writer.release()
+
+    def checkpoint_is_due(self) -> bool:
+        """Return whether the WAL has grown so much that `checkpoint` has something to do."""
+        return self._pages - self._checkpointed >= CHECKPOINT
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into the database file, where that is due; it waits for the disk."""
+        if self.checkpoint_is_due():
+            with suppress(Unavailable), self._held(self._checkpointer):
+                self._checkpoint("PASSIVE")  # what fails is tried again, and the WAL has it all
+
+    def _empty_wal(self) -> bool:
+        """Move the WAL into the database file and cut it to nothing; return whether that is done.
+
+        It is not done while somebody reads an older state: another program, or a scan of our own.
+        """
+        if not self._scanner.lock.acquire(blocking=False):
+            return False
+        try:
+            with self._held(self._checkpointer):
+                done = self._checkpoint("TRUNCATE")
+        finally:
+            self._scanner.release()
+        if done:
+            self._erasure_due = False
+        return done
+
+    def _fail(self, group: Sequence[PendingWrite[Any]], fault: Exception) -> None:
+        """Undo the transaction, and give everyone whose work was in it this fault."""
+        connection = self._writer.connection
+        with suppress(apsw.Error):
+            if connection is not None and connection.in_transaction:
+                connection.execute("ROLLBACK")
+        self._writer.stale = True
+        for write in group:
+            write.fail(fault)
+
+    def _scan(self, work: Work[T], anew: bool, deadline: float) -> T:
+        self._no_erasure.wait(ERASE_TIME)  # which would have to wait for this
+        if time.monotonic() > deadline:
+            raise Unavailable("BusyError: the queue of searches")
+        with self._held(self._scanner, anew) as connection, transaction(connection, "DEFERRED"):
+            return work(connection)
+
+    @contextmanager
+    def _held(
+        self, handle: Handle, anew: bool = False, seconds: float = TIMEOUT
+    ) -> Generator[apsw.Connection]:
+        """Hold a connection exclusively. Raise `Unavailable` for any fault of the file or disk."""
+        if not handle.lock.acquire(timeout=seconds):
+            raise Unavailable("BusyError: the queue in this process")
+        try:
+            if anew:
+                handle.close()
+            yield self._usable(handle)
+        except FAULTS as fault:
+            if not isinstance(fault, apsw.BusyError) and not handle.checkpoints:
+                handle.stale = True  # whatever has happened, the next use begins afresh
+            raise Unavailable(describe(fault)) from fault
+        finally:
+            handle.release()
+
+    def _usable(self, handle: Handle) -> apsw.Connection:
+        """Return an open connection; raise where the files are not those that were opened."""
+        files, bytes_in_wal = look_at(self.path)
+        if files != self._files:
+            with self._opening:  # look again, as another thread may have opened them meanwhile
+                files, bytes_in_wal = look_at(self.path)
+                self._check_changed(files, handle)
+        connection = handle.connection
+        if connection is None:
+            with self._opening:
+                connection = self._open(handle)
+        # Another program may have emptied the WAL since; else somebody has cut it.
+        if bytes_in_wal < self._pages * self._frame and not wal_is_whole(connection, self.path):
+            raise apsw.IOError(f"{self.path}-wal was cut: restart the service")
+        return connection
+
+    def _check_changed(self, now: Files, held: Handle) -> None:
+        """Raise where a file was replaced or cut, or the WAL removed; remember what is there."""
+        if now.database != (self._identity or now.database):
+            raise apsw.CantOpenError(
+                f"{self.path} was replaced: put the one before back, or to use this one stop the"
+                f" service, move {self.path}-wal and {self.path}-shm away, and start it"
+            )
+        before = self._files or now
+        # The start leaves no index. One without a WAL: a worker was killed, and its WAL moved away.
+        lacks_wal = self._files is None and self._prepared and now.shm != NONE == now.wal
+        if lacks_wal or before.wal not in (NONE, now.wal):
+            raise apsw.CantOpenError(
+                f"{self.path}-wal was removed or replaced: put the one before back, or restart the"
+                " service"
+            )
+        if now.length < before.length:  # as after a VACUUM, or else somebody has cut it
+            pages = held.connection.pragma("page_count") if held.connection else 2**32
+            if now.length < pages * (self._frame - 24):
+                raise apsw.CorruptError(f"{self.path} was cut")
+        if before.shm not in (NONE, now.shm):
+            # All connections of a process to one file share an index of the WAL.
+            held.close()
+            for handle in self._handles:
+                handle.stale = handle.connection is not None
+                if handle.lock.acquire(blocking=False):
+                    handle.release()
+        if self._files is not None:  # else nothing is open
+            self._files = now
+
+    def _open(self, handle: Handle) -> apsw.Connection:
+        if any(one.stale for one in self._handles):
+            raise apsw.BusyError(f"{self.path} is being opened again")
+        if self._checkpointer.connection is None and handle is not self._checkpointer:
+            self._open(self._checkpointer)
+        connection = connect(self.path, handle.checkpoints)
+        connection.set_busy_timeout(0)  # as this may be the event loop
+        try:
+            # SQLite would make a WAL that nobody can write to, also later.
+            if connection.readonly("main"):
+                raise apsw.ReadOnlyError(f"{self.path} is read-only")
+            # A file that is not the one that the start prepared is a fault, never made ours.
+            if connection.pragma("application_id") != APPLICATION_ID:
+                raise apsw.NotADBError(f"{self.path} is not the database that the start prepared")
+            configure(connection)
+            check_sizes(connection, self.path)
+            self._files, _ = look_at(self.path)
+            self._identity = self._files.database
+            self._frame = 24 + connection.pragma("page_size")  # sqlite.org/fileformat2.html, 4.1
+            connection.set_busy_timeout(int(1000 * handle.seconds))
+        except BaseException:
+            connection.close()
+            raise
+        if handle is self._writer:
+            connection.set_wal_hook(self._count)
+        handle.connection = connection
+        return connection
+
+    def _checkpoint(self, mode: str) -> bool:
+        """Checkpoint without waiting for anybody; return whether the whole WAL was moved."""
+        connection: Any = self._checkpointer.connection
+        busy, pages, moved = connection.pragma("wal_checkpoint", mode)
+        if mode == "TRUNCATE" and not busy:
+            self._pages = 0
+        self._checkpointed = self._pages
+        return not busy and pages == moved
+
+    def _count(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
+        if pages < self._pages:  # the WAL has begun anew
+            self._checkpointed = 0
+        self._pages = pages
+        return apsw.SQLITE_OK
+
+
+def describe(fault: Exception) -> str:
+    """Return what went wrong in one line, and where it can be said what to do; no data of ours."""
+    advice = next((ADVICE[kind] for kind in type(fault).__mro__ if kind in ADVICE), "")
+    return f"{type(fault).__name__}: {fault}" + (f"; {advice}" if advice else "")
+
+
+def connect(path: str, checkpoints: bool = False) -> apsw.Connection:
+    """Open the file, which has to be there; one that `checkpoints` leaves no erased data behind.
+
+    None of them checkpoints by itself, also not the last one when it closes: the file could be
+    damaged. SQLite waits `TIMEOUT` seconds for other programs inside a call.
+    """
+    if checkpoints:
+        register()
+    vfs = NAME if checkpoints else None
+    connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs)
+    connection.set_busy_timeout(int(1000 * TIMEOUT))
+    connection.wal_autocheckpoint(0)
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    return connection
+
+
+def merge_on_close(connection: apsw.Connection | None) -> None:
+    """Let the WAL go into the database file when this connection closes, if it is the last one."""
+    if connection is not None:
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+
+
+def configure(connection: apsw.Connection) -> None:
+    """Make the connection durable; raise `apsw.CantOpenError` where SQLite does not do as told."""
+    # Each on its own: of a string of several, those after one that returns a row never run.
+    connection.pragma("journal_mode", "WAL")
+    connection.pragma("synchronous", "FULL")
+    connection.pragma("secure_delete", "ON")
+    connection.pragma("foreign_keys", "ON")
+    if sys.platform == "darwin":
+        connection.pragma("fullfsync", "ON")
+    held = [connection.pragma(name) for name in ("journal_mode", "synchronous", "secure_delete")]
+    if held != ["wal", 2, 1]:
+        raise apsw.CantOpenError(f"SQLite did not take the settings it was given: {held}")
+
+
+@contextmanager
+def transaction(connection: apsw.Connection, mode: str = "IMMEDIATE") -> Generator[None]:
+    """Commit what is done inside, or roll it back where it raises.
+
+    IMMEDIATE is for writers: a deferred one that turns writer fails at once where another writes.
+    apsw's own `with connection` holds the interpreter's lock while it waits and while it commits,
+    so that no other thread runs.
+    """
+    connection.execute(f"BEGIN {mode}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def check_sizes(connection: apsw.Connection, path: str) -> None:
+    """Raise `apsw.IOError` or `apsw.CorruptError` where a part of the files is missing."""
+    if not wal_is_whole(connection, path):
+        raise apsw.IOError(f"{path}-wal was removed or cut")
+    page_size = connection.pragma("page_size")
+    whole = connection.pragma("page_count") * page_size
+    # Pages that were never in the file are in the WAL.
+    if _look(path)[1] < whole - max(0, pages_in_wal(connection)) * page_size:
+        raise apsw.CorruptError(f"{path} was cut")
+
+
+def wal_is_whole(connection: apsw.Connection, path: str) -> bool:
+    """Return whether the WAL at `path` is as long as its index says: nobody has cut it."""
+    frame = 24 + connection.pragma("page_size")
+    # Three looks, as another process may empty it and write to it between the two halves of one.
+    return any(_look(f"{path}-wal")[1] >= pages_in_wal(connection) * frame for _ in range(3))
+
+
+def pages_in_wal(connection: apsw.Connection) -> int:
+    """Return the pages in the WAL, by its index; -1 where there is none."""
+    for _ in range(100):
+        pages: int = connection.pragma("wal_checkpoint", "NOOP")[1]
+        if pages >= 0:  # it is not for a moment, while another process is writing the index
+            break
+    return pages
+
+
+def check_pages(connection: apsw.Connection) -> None:
+    """Raise `apsw.CorruptError` where the database, unless it is large, is found damaged."""
+    size = connection.pragma("page_count") * connection.pragma("page_size")
+    if size <= SMALL and connection.execute("PRAGMA integrity_check(1)").get != "ok":
+        raise apsw.CorruptError("the database is damaged")  # SQLite's words are of several lines

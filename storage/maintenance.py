@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -10,16 +12,28 @@ from typing import Any, TypeVar
 
 import apsw
 
-from storage.access import Unavailable
-from storage.connection import APPLICATION_ID, connect, describe, transaction
-from storage.database import Database
-from storage.files import check, pages_in_wal, size
-from storage.lock import read_note
-from storage.preparation import PrepareError, check_sqlite, look, newest
+from storage.database import (
+    APPLICATION_ID,
+    Database,
+    Unavailable,
+    check_sizes,
+    connect,
+    describe,
+    pages_in_wal,
+    transaction,
+)
+from storage.migrations import (
+    PrepareError,
+    check_found,
+    check_sqlite,
+    newest,
+    refusals,
+    version_of,
+)
 from storage.visitors import iso_date
 
 SLICE = 0.02  # seconds that one of many write transactions takes
-PAUSE = 0.003  # seconds between two of them, in which who waits for the lock file finds it free
+PAUSE = 0.005  # seconds between two of them, in which others who wait to write can begin
 PAGES = 4000  # of a backup from one report of progress to the next
 FORGETTING = 30  # seconds that deleted bytes may take to be gone, as long as others read them
 
@@ -37,7 +51,7 @@ def snapshot(path: str, older: bool = False) -> Generator[apsw.Connection]:
     (look if older else _check_newest)(path)
     try:
         with closing(connect(path)) as connection:
-            check(connection, path)  # which cannot be inside a transaction
+            check_sizes(connection, path)  # which cannot be inside a transaction
             with transaction(connection, "DEFERRED"):
                 connection.pragma("user_version")  # the first read is what the state is of
                 yield connection
@@ -51,12 +65,6 @@ def writable(path: str) -> Database:
     Raise `PrepareError`.
     """
     _check_newest(path)
-    if os.geteuid() == 0 and not os.path.exists(f"{path}-lock"):
-        # Or it would be root's, and the service could write no more. SQLite does so with its own.
-        owner = os.stat(path)
-        descriptor = os.open(f"{path}-lock", os.O_WRONLY | os.O_CREAT, 0o600)
-        os.fchown(descriptor, owner.st_uid, owner.st_gid)
-        os.close(descriptor)
     return Database(path)
 
 
@@ -165,19 +173,17 @@ def erase_person(database: Database, who: str) -> list[dict[str, Any]]:
     ]
 
 
-def forget(database: Database, path: str) -> bool:
+def forget(database: Database) -> bool:
     """Let all that was deleted be gone from the files; return whether it is.
 
-    It is not where another program reads an older state all the time: then it goes with the first
-    write after that.
+    It is not where another program reads an older state all the time.
     """
     deadline = time.monotonic() + FORGETTING
-    database.write(_nothing, erases=True)
-    while read_note(path).erasing:
+    database.write(lambda _: None, erases=True)
+    while not database.tidy():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.5)
-        database.write(_nothing)  # tries again
     return True
 
 
@@ -217,7 +223,7 @@ def examine(path: str) -> dict[str, Any]:
     disk = os.statvfs(os.path.dirname(path))
     try:
         with closing(connect(path)) as connection:
-            check(connection, path)
+            check_sizes(connection, path)
             problems = _problems(connection)
             return {
                 "problems": problems,
@@ -225,7 +231,7 @@ def examine(path: str) -> dict[str, Any]:
                 "newest": newest(),
                 "sqlite": sqlite,
                 "free": disk.f_bavail * disk.f_frsize,
-                "size": size(path),
+                "size": os.stat(path).st_size,
                 "wal": max(0, pages_in_wal(connection)) * connection.pragma("page_size"),
                 "visitors": 0 if problems else count(connection),
             }
@@ -242,5 +248,27 @@ def _problems(connection: apsw.Connection) -> list[str]:
     return [str(text).splitlines()[0] for (text,) in found if text != "ok"]
 
 
-def _nothing(_connection: apsw.Connection) -> None:
-    """Change nothing; what comes with a write comes all the same."""
+def look(path: str) -> int:
+    """Return the version of the schema of the database at `path`, which is left as it is.
+
+    Raise `PrepareError` where there is none, or one that is not ours, too new or out of reach.
+    """
+    with refusals(path):
+        if not stat.S_ISREG(_mode(path)):
+            raise PrepareError(f"{path}: not a regular file")
+        check_found(path)
+        with closing(connect(path)) as connection:
+            version = version_of(connection, path)
+    if not version:
+        raise PrepareError(f"{path}: an empty file, and no database yet")
+    return version
+
+
+def _mode(path: str) -> int:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise PrepareError(f"{path}: there is no database") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return mode

@@ -11,7 +11,7 @@ import apsw
 
 from storage.database import Database
 from storage.maintenance import count, in_turns, last_guest
-from storage.preparation import newest
+from storage.migrations import newest
 from storage.visitors import (
     COLUMNS,
     INSERT,
@@ -93,7 +93,7 @@ def page(
         found = map(as_visitor, connection.execute(sql, (number, since, size)))
         return [(visitor["number"], as_wire(visitor)) for visitor in found]
 
-    return database.read(work)
+    return database.scan(work)
 
 
 def read_header(file: BinaryIO) -> dict[str, int]:

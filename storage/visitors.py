@@ -1,36 +1,33 @@
-"""Every query, one method an operation; what comes out are plain dicts in the wire's names."""
+"""What the API asks of the database, one method an operation; visitors come out as plain dicts."""
 
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import apsw
 
-from storage.connection import check_pages
-from storage.database import Database
+from storage.database import Database, check_pages
 
 MAX_FIELDS = 256  # custom fields on one visitor (contract, 2.1)
-ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
+MAX_FIELDS_BYTES = 65_536  # of all of them, as JSON in UTF-8
+MAX_PAGE_BYTES = 4_000_000  # of the visitors of a search's page, unless it is one
+ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
+# Each byte below the largest multiple of the alphabet's length stands for a character; the rest is
+# dropped, as it would make some characters more likely than others.
+_USED = 256 - 256 % len(ID_ALPHABET)
+_CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
+_DROPPED = bytes(range(_USED, 256))
 
 COLUMNS = (
-    "number",
-    "id",
-    "token",
-    "username",
-    "name",
-    "email",
-    "phone",
-    "department",
-    "ts",
-    "updated",
-    "search",
-    "fields",
+    *("number", "id", "token", "username", "name", "email", "phone", "department"),
+    *("ts", "updated", "search", "fields"),
 )
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM visitor"
 INSERT = f"INSERT INTO visitor ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
@@ -60,6 +57,10 @@ class TooManyFields(Exception):
     """The visitor would have more than `MAX_FIELDS` custom fields."""
 
 
+class FieldsTooLarge(Exception):
+    """The visitor's custom fields would be larger than `MAX_FIELDS_BYTES`, and than before."""
+
+
 def milliseconds() -> int:
     """Return the time, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -67,13 +68,10 @@ def milliseconds() -> int:
 
 def random_id() -> str:
     """Return a new `_id`, which nobody can guess (contract, 2.3)."""
-    # One random number for all digits: seventeen of them cost a fifth of a registration.
-    number = secrets.randbelow(len(ID_ALPHABET) ** ID_LENGTH)
-    digits = []
-    for _ in range(ID_LENGTH):
-        number, digit = divmod(number, len(ID_ALPHABET))
-        digits.append(ID_ALPHABET[digit])
-    return "".join(digits)
+    id_ = b""
+    while len(id_) < ID_LENGTH:
+        id_ += os.urandom(2 * ID_LENGTH).translate(_CHARACTERS, _DROPPED)
+    return id_[:ID_LENGTH].decode()
 
 
 class VisitorStore:
@@ -106,7 +104,7 @@ class VisitorStore:
 
         `given` holds what the client gave of username, name, email, phone and department, no
         empty strings; `fields` are dicts of key, value and overwrite, unknown keys are skipped.
-        Return the visitor; raise `TooManyFields`.
+        Return the visitor; raise `TooManyFields` or `FieldsTooLarge`.
         """
         fields = [field for field in fields if self._keeps(field["key"])]
 
@@ -131,7 +129,7 @@ class VisitorStore:
     def set_fields(self, token: str, fields: Collection[Mapping[str, Any]]) -> None:
         """Set custom fields, dicts of key, value and overwrite, of the visitor with that token.
 
-        Raise `VisitorNotFound`, `UnknownField` or `TooManyFields`, in this order.
+        Raise `VisitorNotFound`, `UnknownField`, `TooManyFields` or `FieldsTooLarge`, in this order.
         """
 
         def work(connection: apsw.Connection) -> None:
@@ -148,9 +146,7 @@ class VisitorStore:
 
     def find_by_id(self, id_: str) -> dict[str, Any]:
         """Return the visitor with that `_id`, which takes a scan; raise `VisitorNotFound`."""
-        return self._database.read(
-            lambda connection: as_wire(_one(connection, "id", id_)), scans=True
-        )
+        return self._database.scan(lambda connection: as_wire(_one(connection, "id", id_)))
 
     def search(
         self, term: str, sort: Mapping[str, float], offset: int, count: int
@@ -158,7 +154,8 @@ class VisitorStore:
         """Return a page of the visitors that `term` finds, and the number of all of them.
 
         `term` is a whole email or phone, or a part of name, username or a custom field's value;
-        "" is everybody. `sort` maps keys of `SORTABLE` to 1 or -1; the newest come first.
+        "" is everybody. `sort` maps keys of `SORTABLE` to 1 or -1; the newest come first. The page
+        ends early where it would be larger than `MAX_PAGE_BYTES`.
         """
         keys = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
         order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
@@ -179,10 +176,17 @@ class VisitorStore:
                 return [], 0
             sql = f"SELECT count(*) FROM visitor WHERE {where}"
             total = connection.execute(sql, wanted).get
-            found = [_found(as_visitor(row)) for row in connection.execute(page, wanted)]
+            found: list[dict[str, Any]] = []
+            size = 0
+            for row in connection.execute(page, wanted):
+                visitor = _found(as_visitor(row))
+                size += len(_encode(visitor).encode())
+                if found and size > MAX_PAGE_BYTES:
+                    break
+                found.append(visitor)
             return found, total
 
-        return self._database.read(work, scans=True)
+        return self._database.scan(work)
 
     def erase(self, token: str) -> dict[str, Any]:
         """Delete the visitor with that token, whose data is then gone from the files.
@@ -208,7 +212,7 @@ class VisitorStore:
             connection.execute("SELECT last FROM guest").fetchall()
             connection.execute(f"{SELECT} ORDER BY number DESC LIMIT 1").fetchall()
 
-        self._database.read(work, anew=True)
+        self._database.scan(work, anew=True)
 
     def _keeps(self, key: str) -> bool:
         return not self._field_keys or key in self._field_keys
@@ -220,15 +224,23 @@ class VisitorStore:
         visitor: dict[str, Any],
         fields: Iterable[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Write a visitor with some custom fields; return it, or raise `TooManyFields`."""
+        """Write a visitor with some custom fields; return it.
+
+        Raise `TooManyFields` or `FieldsTooLarge`.
+        """
         held = visitor["fields"]
+        before = _encode(held) if visitor["number"] else ""
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
         if len(held) > MAX_FIELDS:
             raise TooManyFields
         visitor["updated"] = max(self._clock(), visitor["updated"])
-        connection.execute(statement, as_row(visitor))
+        row = as_row(visitor)
+        size = len(row["fields"].encode())
+        if size > MAX_FIELDS_BYTES and size > len(before.encode()):
+            raise FieldsTooLarge
+        connection.execute(statement, row)
         return as_wire(visitor)
 
     def _meet(
@@ -304,6 +316,7 @@ def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
     return {key: wire[key] for key in keys if key in wire}
 
 
+@lru_cache(maxsize=256)  # visitors that are registered at one moment have the same dates
 def iso_date(ms: int) -> str:
     """Return a time, in milliseconds since 1970, as the contract writes it."""
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from contextlib import closing
 
 import pytest
@@ -15,6 +16,10 @@ from tests import openapi
 from tests.server import Server
 
 PATH = "/api/v1/livechat/visitor"
+
+# A shell ignores interrupts for what it runs in the background, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

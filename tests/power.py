@@ -8,7 +8,6 @@ down; `history` replays that on a `Disk`, which after each operation can say wha
 """
 # ruff: noqa: N802 # the names of a VFS are SQLite's
 
-import json
 import os
 import pickle
 import subprocess
@@ -18,10 +17,10 @@ from itertools import pairwise
 from random import Random
 
 import apsw
+from greenlet import getcurrent, greenlet
 
 import storage
-from storage.files import Files
-from storage.lock import Note
+from storage import maintenance
 from tests.server import ROOT
 
 NAME = "livechat.db"
@@ -153,11 +152,8 @@ class Disk:
             if kind == "everything" or random.random() < chance:
                 names[name] = file
         left = {name: file.left(kind, random, chance) for name, file in names.items() if file}
-        if kind == "torn":  # nobody ever syncs these
+        if kind == "torn":  # nobody ever syncs this one
             left[f"{NAME}-shm"] = random.randbytes(32_768)
-            if left.get(NAME):
-                note = Note(False, Files((1, 1), (1, 2), (1, 3), length=10**9))
-                left[f"{NAME}-lock"] = json.dumps(note).encode()
         return left
 
     def _name(self, name, file):
@@ -187,7 +183,7 @@ class Moment:
     """What a cut now has to leave: all visitors, by token, are `before` or `after`."""
 
     before: dict = field(default_factory=dict)  # what was answered
-    after: dict = field(default_factory=dict)  # with the change that is in progress
+    after: dict = field(default_factory=dict)  # with the group of changes that is in progress
     usernames: set = field(default_factory=set)  # all that were ever answered
 
 
@@ -198,7 +194,7 @@ def history(journal):
         what, *more = operation
         if what == "begin":
             token, visitor = more
-            moment.after = {**moment.before, token: visitor}
+            moment.after = {**moment.after, token: visitor}
             if visitor is None:
                 del moment.after[token]
         elif what == "answer":
@@ -221,6 +217,34 @@ def record(folder, seed, changes, synchronous="FULL"):
     )
 
 
+class Groups(storage.Waiting):
+    """Lets callers wait in greenlets for writes that share transactions, as the server does."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []  # of all groups so far
+        self._writes = []
+
+    def commit(self, database, write):
+        self._writes.append(write)
+        getcurrent().parent.switch()
+
+    def run(self, database, calls):
+        """Make all `calls` at once, each of which writes once."""
+        callers = [greenlet(call) for call in calls]
+        for caller in callers:
+            caller.switch()
+        while self._writes:
+            group = database.run_group(self._writes)
+            database.commit_group(group)
+            database.checkpoint()
+            self._writes = self._writes[len(group) :]
+            self.sizes.append(len(group))
+        for caller in callers:
+            caller.switch()
+        assert all(caller.dead for caller in callers)
+
+
 class Run:
     """Changes by chance, in parts, each with a start and an orderly stop of the service."""
 
@@ -234,45 +258,57 @@ class Run:
     def part(self, changes, stop=True):
         """Start, do so many changes, a quarter of them while one reader keeps its state; stop."""
         storage.prepare(self.path, self._random.choice([(), ("phone",), ("phone", "email")]))
-        database = storage.Database(self.path)
+        groups = Groups()
+        database = storage.Database(self.path, groups)
         store = storage.VisitorStore(
             database, clock=lambda: NOW, make_id=lambda: self._random.randbytes(9).hex()
         )
 
-        def under_a_reader(connection):
-            connection.execute("SELECT last FROM guest").get  # noqa: B018 # the state it keeps
-            for _ in range(changes // 4):
-                self.change(store, erasing=0)  # which would wait for this reader
+        def change(count, erasing):
+            end = self.number + count
+            while self.number < end:
+                together = self._random.choice((1, 1, 2, 5))
+                tokens = self._random.sample(range(20), min(together, end - self.number))
+                group = [self.change(store, f"token-{token}", erasing) for token in tokens]
+                groups.run(database, group)
+                database.tidy(0)
 
-        for _ in range(changes // 2):
-            self.change(store, erasing=0.3)
-        database.read(under_a_reader)
-        for _ in range(changes // 4):
-            self.change(store, erasing=0.3)
+        change(changes // 2, erasing=0.3)
+        with maintenance.snapshot(self.path):
+            change(changes // 4, erasing=0)  # which would wait for this reader
+        change(changes // 4, erasing=0.3)
         if stop:
             database.close()
 
-    def change(self, store, erasing):
-        """Register, update or erase a visitor, and write down what that has to leave."""
+    def change(self, store, token, erasing):
+        """Return a function that registers, updates or erases a visitor.
+
+        It writes down what that has to leave.
+        """
         self.number += 1
-        token = f"token-{self._random.randrange(20)}"
         # A value that no other change writes, some so long that they need pages of their own.
         secret = f"secret-{self.number:05}" * self._random.choice((1, 1, 1, 30, 700))
+        number = self.number
         known = self.visitors.get(token)
         mark = len(self.journal)
         self.journal.append(None)  # until it is known
-        if known and self._random.random() < erasing:
-            store.erase(token)
-            visitor = None
-        elif known and self._random.random() < 0.4:
-            store.set_fields(token, [{"key": "k", "value": secret, "overwrite": True}])
-            visitor = {**known, "livechatData": {"k": secret}}
-        else:
-            given = {"name": secret, "phone": str(self.number)}
-            visitor = store.register(token, given)
-        self.visitors[token] = visitor
-        self.journal[mark] = ("begin", token, visitor)
-        self.journal.append(("answer",))
+        erases = bool(known) and self._random.random() < erasing
+        updates = bool(known) and self._random.random() < 0.4
+
+        def change():
+            if erases:
+                store.erase(token)
+                visitor = None
+            elif updates:
+                store.set_fields(token, [{"key": "k", "value": secret, "overwrite": True}])
+                visitor = {**known, "livechatData": {"k": secret}}
+            else:
+                visitor = store.register(token, {"name": secret, "phone": str(number)})
+            self.visitors[token] = visitor
+            self.journal[mark] = ("begin", token, visitor)
+            self.journal.append(("answer",))
+
+        return change
 
 
 def main(folder, seed, changes, synchronous="FULL"):
@@ -281,8 +317,8 @@ def main(folder, seed, changes, synchronous="FULL"):
     recorder = Recorder(random)  # before any other VFS or connection is made
     # So few pages that a short run checkpoints in every way, and begins the WAL anew.
     storage.database.CHECKPOINT, storage.database.CROWDED = 10, 25
-    storage.database.WAIT_RESTART = storage.database.WAIT_AGAIN = 0.001
-    for module in (storage.access, storage.preparation):
+    storage.database.GROUP_TIME = 60  # so that no group is parted by a slow machine
+    for module in (storage.database, storage.migrations):
         module.configure = weakened(module.configure, synchronous)
     run = Run(os.path.join(folder, NAME), recorder.journal, random)
     for _ in range(3):

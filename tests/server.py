@@ -27,13 +27,22 @@ def wait_until(condition, what, bound=BOUND):
     return result
 
 
+def is_running(pid):
+    """Return whether a process is there and has not ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Server:
     """The service in processes of its own; `folder` holds its database and its log."""
 
     def __init__(self, folder, command=None, **environ):
         self.database = Path(environ.get("LIVECHAT_DB", folder / "livechat.db"))
         self.output = folder / "server.log"
-        self.port = None
+        self.port = None  # or the path of its socket
         command = command or shlex.split((ROOT / "Procfile").read_text().removeprefix("web:"))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environ = {"PORT": "0", "LIVECHAT_HOST": "127.0.0.1", "PATH": path, **environ}
@@ -55,24 +64,40 @@ class Server:
         return self.output.read_bytes()[self.start :].decode()
 
     def wait(self):
-        """Wait until every worker has booted; return self."""
+        """Wait until it answers; return self."""
 
         def listening():
             assert self.process.poll() is None, self.log()
-            return re.findall(r"Listening at: \S+:(\d+) ", self.log())
+            return re.findall(r"(?:Listening at: |Serving on )(\S+)", self.log())
 
-        self.port = int(wait_until(listening, "the server listens")[-1])
+        address = wait_until(listening, "the server listens")[-1]
+        if address.startswith("unix:"):
+            self.port = address.removeprefix("unix:")
+        else:
+            self.port = int(address.rpartition(":")[2])
         wait_until(lambda: self.request("GET", "/nothing")[0] == 404, "the server answers")
         return self
 
     def connect(self):
         """Return a connected socket."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=BOUND)
+        if isinstance(self.port, int):
+            client = socket.create_connection(("127.0.0.1", self.port), timeout=BOUND)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(BOUND)
+            client.connect(self.port)
+        return client
+
+    def http(self):
+        """Return a connection for any number of requests."""
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = self.connect()
+        return connection
 
     def request(self, method, path, body=None, headers=None):
         """Return status, headers and body, parsed as JSON, of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=BOUND)
-        with contextlib.closing(connection):
+        with contextlib.closing(self.http()) as connection:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             return answer.status, answer.headers, json.loads(answer.read() or "null")
@@ -108,6 +133,10 @@ class Server:
             ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
         )
         return [int(pid) for pid in pids.stdout.split()]
+
+    def worker(self):
+        """Return the process id of the one worker, once there is one alone."""
+        return wait_until(lambda: len(self.workers()) == 1 and self.workers(), "one worker")[0]
 
     def stop(self):
         """Send TERM and return the exit status."""

@@ -1,11 +1,17 @@
-"""Clients that are slow or stubborn, many at once, against a server at a port."""
+"""Clients that are slow, stubborn or very many, against a server that runs."""
 
 import contextlib
+import re
 import selectors
 import socket
+import statistics
+import struct
 import threading
 import time
+from collections import Counter
 
+import storage
+from storage import visitors
 from tests.server import PATH
 
 REGISTER = b'{"visitor":{"token":"slow"}}'
@@ -22,7 +28,8 @@ ATTACKS = {
     "a body that is asked for": (HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n", b""),
     "a head byte by byte": (b"", b"GET / HTTP/1.1\r\nX: " + b"x" * 1000),
     "a body byte by byte": (HEAD + b"Content-Length: 999\r\n\r\n", b" " * 999),
-    "requests, and reads no answer": (3 * LARGE, b""),
+    "a request, and reads no answer": (LARGE, b""),
+    "requests in one go, and reads no answer": (3 * LARGE, b""),
     "a request, and never closes": (
         WHOLE.replace(b"\r\nHost", b"\r\nConnection: close\r\nHost"),
         b"",
@@ -84,7 +91,7 @@ class Attack:
                 name, rest = key.data
                 with contextlib.suppress(OSError, StopIteration):
                     key.fileobj.send(bytes([next(rest)]))
-                if not name.startswith("requests") and self._is_over(name, key.fileobj):
+                if "reads no answer" not in name and self._is_over(name, key.fileobj):
                     self._selector.unregister(key.fileobj)
                     key.fileobj.close()
                     if self._again:
@@ -108,7 +115,7 @@ def wait_of_others(server, seconds, ask=None):
     ask = ask or (lambda: server.register(f"other-{time.monotonic()}")[0])
     waits = []
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not waits or time.monotonic() < end:
         start = time.monotonic()
         try:
             assert ask() == 200
@@ -117,3 +124,93 @@ def wait_of_others(server, seconds, ask=None):
             waits.append(float("inf"))
         time.sleep(0.05)
     return waits
+
+
+def longest(idle):
+    """Return the seconds that nobody may wait longer than, from the waits of an idle run.
+
+    That is half a second or so, more where the machine is busy: others take their time too.
+    """
+    return max(200 * statistics.median(idle), 20 * max(idle))
+
+
+class Asking:
+    """So many connections, each of which sends `request` again as soon as it is answered.
+
+    A context, in which they run; one that ends comes again. With `once` each asks once.
+    `statuses` counts the answers.
+    """
+
+    def __init__(self, server, connections, request, once=False):
+        self.statuses = Counter()
+        self._server = server
+        self._connections = connections
+        self._request = request
+        self._once = once
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._selector = selectors.DefaultSelector()
+        for _ in range(self._connections):
+            self._connect()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        """End all connections, whoever is still waiting with a reset."""
+        self._over.set()
+        self._thread.join()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            key.fileobj.close()
+        self._selector.close()
+
+    def _connect(self):
+        client = self._server.connect()
+        client.setblocking(False)
+        self._selector.register(client, selectors.EVENT_READ, bytearray())
+        self._send(client)
+
+    def _send(self, client):
+        with contextlib.suppress(OSError):
+            client.send(self._request)  # or as much of it as there is room for
+
+    def _run(self):
+        while not self._over.is_set():
+            for key, _ in self._selector.select(0.02):
+                self._receive(key.fileobj, key.data)
+
+    def _receive(self, client, answer):
+        try:
+            data = client.recv(2**20)
+        except OSError:
+            data = b""
+        answer += data
+        head, _, body = answer.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        if length and len(body) >= int(length[1]):
+            self.statuses[int(head[9:12])] += 1
+            answer.clear()
+            if not self._once:
+                self._send(client)
+        if not data:
+            self._selector.unregister(client)
+            client.close()
+            if not self._once:
+                self._connect()
+
+
+def fill(path, number, fields=()):
+    """Make a database with so many visitors, each with these custom fields."""
+    rows = []
+    for each in range(number):
+        visitor = dict.fromkeys(visitors.COLUMNS) | {
+            "id": visitors.random_id(),
+            "token": f"t{each}",
+        }
+        visitor |= {"username": f"guest-{each}", "name": f"{each * 7919 % number} of many"}
+        rows.append(visitors.as_row(visitor | {"ts": 1, "updated": 1, "fields": dict(fields)}))
+    storage.prepare(path)
+    with contextlib.closing(storage.Database(path)) as database:
+        database.write(lambda connection: connection.executemany(visitors.INSERT, rows) and None)

@@ -12,16 +12,79 @@ def test_a_surrogate_pair_is_one_character(service):
     assert answer.json["visitor"]["token"] == "\U0001f600"
 
 
+class Input:
+    """What another server than ours gives the app to read: some bytes, and then an end of a kind.
+
+    An end that is an exception is raised; without one, whoever reads on would wait for ever.
+    """
+
+    def __init__(self, data=b"", end=AssertionError):
+        self.data, self.end = data, end
+
+    def read(self, size):
+        part, self.data = self.data[:size], self.data[size:]
+        if part or self.end is None:
+            return part
+        raise self.end
+
+
+def send(service, body, method="POST", path=PATH, **environ):
+    """Send a body that WebTest would not; return status and text of the answer."""
+    service.http.lint = False
+    environ = {"wsgi.input": body, "CONTENT_TYPE": "application/json", **environ}
+    answer = service.http.request(path, method=method, environ=environ, expect_errors=True)
+    return answer.status_int, answer.text
+
+
+def error(reason, error_type):
+    return f'{{"success":false,"error":"{reason} [{error_type}]","errorType":"{error_type}"}}'
+
+
+TOO_LARGE = error("The request body is larger than 65536 bytes", "error-body-too-large")
+OTHER_TYPE = error(
+    "The request body must be sent as application/json", "error-unsupported-media-type"
+)
+INCOMPLETE = error("The request body is incomplete", "error-incomplete-body")
+LATE = error("The request did not come in time", "error-request-timeout")
+
+
 def test_a_body_of_no_announced_length_is_empty_where_the_server_does_not_end_it(service):
     # Without wsgi.input_terminated, as with wsgiref, reading on would block for ever.
-    class Endless:
-        def read(self, size):
-            raise AssertionError("read beyond the body")
+    status, text = send(service, Input(), CONTENT_LENGTH="")
+    assert (status, "Missing key 'visitor'" in text) == (400, True)
 
-    environ = {"wsgi.input": Endless(), "CONTENT_LENGTH": ""}
-    service.http.lint = False
-    answer = service.http.request(PATH, method="POST", environ=environ, expect_errors=True)
-    assert "Missing key 'visitor'" in answer.text
+
+CHUNKED = {"wsgi.input_terminated": True}
+
+
+def test_a_body_of_no_announced_length_is_read_where_the_server_ends_it(service):
+    assert send(service, Input(REGISTER, None), **CHUNKED)[0] == 200
+    largest = REGISTER.ljust(65_536)
+    assert send(service, Input(largest, None), **CHUNKED)[0] == 200
+    assert send(service, Input(largest + b" "), **CHUNKED) == (413, TOO_LARGE)
+
+
+def test_a_body_that_is_announced_as_too_large_is_not_read(service):
+    assert send(service, Input(), CONTENT_LENGTH="65537") == (413, TOO_LARGE)
+
+
+@pytest.mark.parametrize("environ", [{"CONTENT_LENGTH": "100"}, CHUNKED], ids=["length", "chunks"])
+def test_a_body_that_breaks_off_under_another_server_is_told_so_after_its_type(service, environ):
+    # Each server has an exception of its own for chunks that break off.
+    for end in (OSError, ValueError) if environ is CHUNKED else (None, OSError, ValueError):
+        assert send(service, Input(REGISTER, end), **environ) == (400, INCOMPLETE)
+        assert send(service, Input(b"", end), **environ) == (400, INCOMPLETE)
+        other = {**environ, "CONTENT_TYPE": "text/plain"}
+        assert send(service, Input(REGISTER, end), **other) == (415, OTHER_TYPE)
+    assert send(service, Input(REGISTER, TimeoutError), **environ) == (408, LATE)
+    assert service.content() == [[], [(1,)]]
+
+
+def test_a_body_that_nobody_reads_does_not_matter_under_another_server(service):
+    environ = {"CONTENT_LENGTH": "100", "CONTENT_TYPE": "text/plain"}
+    assert send(service, Input(), "GET", "/livez", **environ) == (200, '{"status":"ok"}')
+    service.register("t")
+    assert send(service, Input(), "DELETE", f"{PATH}/t", **environ)[0] == 200
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "1.5"])

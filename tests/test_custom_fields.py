@@ -170,6 +170,151 @@ def test_a_visitor_holds_256_fields_and_the_keys_are_looked_at_first(make_servic
     assert refused(service, MANY, {"token": "t", "customFields": fields}) == INVALID
 
 
+LIMIT = 65_536  # bytes of the custom fields of a visitor, as JSON in UTF-8
+TOO_LARGE = {
+    "registration": json.dumps(
+        {
+            "success": False,
+            "error": "Match error: Expected at most 65536 bytes in field visitor.customFields",
+            "errorType": "invalid-params",
+        },
+        separators=(",", ":"),
+    ),
+    ONE: params("must NOT have more than 65536 bytes"),
+    MANY: params("must NOT have more than 65536 bytes"),
+}
+WAYS = list(TOO_LARGE)
+
+
+def set_fields(service, way, fields):
+    """Set custom fields of the visitor "t" in one of three ways; return the answer."""
+    fields = [{"key": key, "value": value, "overwrite": True} for key, value in fields.items()]
+    if way == "registration":
+        return service.post({"visitor": {"token": "t", "customFields": fields}})
+    if way == MANY:
+        return service.post({"token": "t", "customFields": fields}, path=MANY)
+    (field,) = fields
+    return service.post({"token": "t", **field}, path=ONE)
+
+
+def size(service):
+    return len(json.dumps(kept(service), ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def fill(service, left):
+    """Register "t" with custom fields that leave so many bytes of the limit."""
+    service.register("t")
+    fields = {f"k{number:02}": "v" * 4000 for number in range(16)}  # 64,161 bytes
+    for start in (0, 8):
+        part = dict(list(fields.items())[start : start + 8])
+        assert set_fields(service, MANY, part).status_int == 200
+    rest = {"rest": "v" * (LIMIT - left - size(service) - len(',"rest":""'))}
+    assert set_fields(service, ONE, rest).status_int == 200
+    assert size(service) == LIMIT - left
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("value", "bytes_of_json"),
+    [
+        ("v" * 20, 20),
+        ("é" * 10, 20),
+        ("王" * 6 + "vv", 20),
+        ("\U0001f600" * 5, 20),
+        ("\u2028" * 6 + "vv", 20),
+        ('"' * 10, 20),
+        ("\\\n" * 5, 20),
+        ("\x01" * 3 + "vv", 20),
+    ],
+)
+def test_the_custom_fields_of_a_visitor_are_at_most_65536_bytes_as_json(
+    service, way, value, bytes_of_json
+):
+    fill(service, left=len(',"é":""'.encode()) + bytes_of_json)
+    before = service.content()
+    answer = set_fields(service, way, {"é": value + "v"})
+    assert (answer.status_int, answer.text) == (400, TOO_LARGE[way])
+    assert service.content() == before
+    assert set_fields(service, way, {"é": value}).status_int == 200
+    assert size(service) == LIMIT
+    assert kept(service)["é"] == value
+
+
+@pytest.fixture
+def before_the_limit(service):
+    """A visitor "t" of a time without the limit, whose 20 custom fields have 80,981 bytes."""
+    service.register("t", name="N", customFields=[FIELD])
+    fields = {f"k{number:02}": "v" * 4040 for number in range(20)}
+    sql = "UPDATE visitor SET fields = ?"
+    service.database.write(
+        lambda c: c.execute(sql, (json.dumps(fields, separators=(",", ":")),)).get
+    )
+    assert size(service) == 80_981
+    return fields
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_has_more_already_stays_readable_and_may_shrink_but_not_grow(
+    service, before_the_limit, way
+):
+    before = service.content()
+    for value in ("v" * 4041, "é" * 2021):
+        answer = set_fields(service, way, {"k00": value})
+        assert (answer.status_int, answer.text) == (400, TOO_LARGE[way])
+    answer = set_fields(service, way, {"another": ""})
+    assert (answer.status_int, answer.text) == (400, TOO_LARGE[way])
+    assert service.content() == before
+    assert kept(service) == before_the_limit
+    for value in ("w" * 4040, "é" * 2020, "w" * 4039):
+        assert set_fields(service, way, {"k00": value}).status_int == 200
+        assert kept(service) == before_the_limit | {"k00": value}
+    assert set_fields(service, way, {"k00": "w" * 4040}).text == TOO_LARGE[way]  # as it was
+    for number in range(20):
+        assert set_fields(service, way, {f"k{number:02}": ""}).status_int == 200
+    assert set_fields(service, way, {"another": "v"}).status_int == 200
+
+
+def test_who_has_more_already_registers_as_ever(service, before_the_limit):
+    assert service.register("t", name="M")["name"] == "M"
+    field = {"key": "k00", "value": "longer" * 680, "overwrite": False}  # so the old one stays
+    assert service.register("t", customFields=[field])["livechatData"] == before_the_limit
+    assert service.http.delete("/api/v1/livechat/visitor/t").status_int == 200
+
+
+def test_one_field_of_a_request_may_make_room_for_another(service):
+    fill(service, left=0)
+    both = {"k00": "", "new": "v" * (4000 - len(',"new":""'))}
+    for way in ("registration", MANY):
+        for fields in (both, dict(reversed(both.items()))):
+            assert set_fields(service, way, fields).status_int == 200
+            assert size(service) == LIMIT
+            assert set_fields(service, MANY, {"new": "", "k00": "v" * 3991}).status_int == 200
+    assert set_fields(service, MANY, both | {"k01": "v" * 4001}).text == TOO_LARGE[MANY]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_keys_come_before_the_count_and_the_count_before_the_bytes(make_service, way):
+    keys = [f"k{number:03}" for number in range(257)]
+    service = make_service(LIVECHAT_CUSTOM_FIELDS=",".join(keys))
+    service.register("t")
+    for start in range(0, 256, 64):
+        fields = dict.fromkeys(keys[start : start + 64], "v" * 240)
+        assert set_fields(service, MANY, fields).status_int == 200
+    count = {
+        "registration": params("").replace(
+            " [invalid-params]",
+            "Match error: Expected at most 256 items in field visitor.customFields",
+        )
+    }.get(way, params("must NOT have more than 256 items"))
+    large = {"k000": "v" * 4096}
+    assert set_fields(service, way, large).text == TOO_LARGE[way]
+    assert set_fields(service, way, {"k256": "v" * 4096}).text == count
+    if way == MANY:
+        assert set_fields(service, way, large | {"k256": ""}).text == count
+        assert set_fields(service, way, large | {"k256": "", "other": ""}).text == INVALID
+    assert kept(service) == dict.fromkeys(keys[:256], "v" * 240)
+
+
 @pytest.mark.parametrize("path", [ONE, MANY])
 def test_the_door_is_the_same(service, path):
     assert json.loads(service.post(b"{", path=path).text)["errorType"] == "error-invalid-json"

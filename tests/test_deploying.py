@@ -12,7 +12,7 @@ from tests.server import ROOT, wait_until
 def test_honcho_starts_and_stops_the_procfile(make_server):
     server = make_server(command=["honcho", "start", "--no-colour"], PORT="0")
     wait_until(lambda: "Listening at: " in server.log(), "the server listens")
-    wait_until(lambda: server.log().count("Booting worker") == 2, "the workers boot")
+    wait_until(lambda: "Booting worker" in server.log(), "the worker boots")
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(20) in (0, 128 + signal.SIGINT)
     assert "Shutting down: Master" in server.log()

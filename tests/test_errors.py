@@ -138,9 +138,26 @@ def test_a_request_is_one_line_in_the_log_with_the_routes_template(service, capl
     assert lines == [f"POST {PATH} 200", f"POST {PATH} 400", "GET - 404"]
 
 
-def test_nothing_happens_when_the_app_is_made(tmp_path, monkeypatch):
+def test_the_app_for_any_server_prepares_its_database_itself(tmp_path, monkeypatch):
     import app
 
     monkeypatch.setenv("LIVECHAT_DB", str(tmp_path / "folder" / "livechat.db"))
     assert isinstance(app.get_app(), falcon.App)
-    assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "livechat.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LIVECHAT_MATCH", "phone", "LIVECHAT_MATCH: 'phone' is none of"),
+        ("LIVECHAT_DB", "/", "/: a folder, not a file"),
+    ],
+)
+def test_what_cannot_be_meant_ends_any_server_with_one_line(monkeypatch, name, value, said):
+    import app
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as raised:
+        app.get_app()
+    assert str(raised.value).startswith(said)
+    assert "\n" not in str(raised.value)

@@ -4,9 +4,12 @@ A few examples in `make test`, many in `make fuzz`; what that finds becomes a ro
 tests/test_hostile.py.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import re
+import socket
 import tempfile
 import time
 import unicodedata
@@ -23,6 +26,8 @@ from resources.body import parse
 from resources.errors import MAX_BODY
 from settings import MATCH_FORMS
 from tests.conftest import PATH, Service
+from tests.server import Server
+from tests.test_hostile import chunks, send_in_pieces
 
 API = "/api/v1/livechat"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -372,6 +377,119 @@ def test_whatever_is_asked_is_answered_in_the_contracts_shape(
         assert answer.json["success"] is False
 
 
+# The server: any bytes at all, in any pieces.
+
+REGISTER = b'{"visitor":{"token":"t"}}'
+LINES = st.builds(
+    b"%s %s HTTP/%s".__mod__,
+    st.tuples(
+        st.sampled_from(
+            [b"POST"] * 4 + [b"GET", b"DELETE", b"OPTIONS", b"CONNECT", b"PRI", b"FOO"]
+        ),
+        st.sampled_from(
+            [PATH.encode()] * 4
+            + [b"/livez", b"/nothing", f"{PATH}/nobody".encode(), b"*", b"http://x", b"//", b"x:80"]
+        ),
+        st.sampled_from([b"1.1"] * 8 + [b"1.0", b"2.0"]),
+    ),
+)
+FRAMES = st.sampled_from(
+    [
+        (b"Content-Length: %d" % len(REGISTER), REGISTER),
+        (b"Content-Length: %d" % len(REGISTER), REGISTER[:9]),
+        (b"Content-Length: 65537", b" " * 99),
+        (b"Content-Length: 0", b""),
+        *[(b"Transfer-Encoding: chunked", chunks(REGISTER, size)) for size in (1, 9, 99)],
+        (b"Transfer-Encoding: chunked", chunks(REGISTER, 9)[:-2] + b"Host: y\r\nX_Y: z\r\n\r\n"),
+        (b"Transfer-Encoding: chunked", b"19;x=y\r\n" + REGISTER + b"\r\n0\r\n"),
+        (b"Transfer-Encoding: gzip", REGISTER),
+        (b"X: y", b""),
+    ]
+)
+FIELD_LINES = st.lists(
+    st.sampled_from(
+        [
+            *[b"Connection: Upgrade", b"Upgrade: h2c", b"Connection: close", b"Host: y", b"X_Y: z"],
+            *[b"Expect: 100-continue", b"Expect: x", b"Content-Type: text/plain", b"Origin: x"],
+            *[b"Content-Length: 3", b"Transfer-Encoding: chunked", b"X: " + b"y" * 3_000, b"X:y "],
+        ]
+    ),
+    max_size=3,
+)
+WIRE_SCRAPS = st.sampled_from(
+    [b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b":", b"\0", b"\xff", b";", b"0\r\n\r\n", b"5\r\n"]
+) | st.binary(max_size=3)
+MORE = st.sampled_from([b"", b"", b"\r\n", b"x", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+
+
+@st.composite
+def wire_requests(draw):
+    """Return the bytes of a request, often with something wrong in it or behind it."""
+    framing, body = draw(FRAMES)
+    fields = draw(st.permutations([b"Host: x", framing, *draw(FIELD_LINES)]))
+    data = b"\r\n".join([draw(LINES), *fields, b"", body])
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        place, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
+        data = data[:place] + draw(WIRE_SCRAPS) + data[place + cut :]
+    return data + draw(MORE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("fuzz-server")).wait()
+    yield server
+    server.kill()
+    assert not re.search("ERROR|CRITICAL|Traceback", server.log())
+
+
+def exchange(server, parts):
+    """Send bytes in parts and end the sending side; return the answers: status, headers, body."""
+    data = b""
+    with server.connect() as client:
+        with contextlib.suppress(OSError):  # the server may close after a refusal
+            send_in_pieces(client, parts)
+            client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while more := client.recv(65_536):
+                data += more
+    answers = []
+    while data := data.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"):
+        head, _, rest = data.partition(b"\r\n\r\n")
+        line, *fields = head.decode().split("\r\n")
+        headers = {key.lower(): value for key, value in (field.split(": ") for field in fields)}
+        assert line.startswith("HTTP/1.1 ")
+        length = int(headers["content-length"])
+        assert len(rest) >= length
+        answers.append((int(line.split()[1]), headers, rest[:length]))
+        data = rest[length:]
+    return answers
+
+
+def outcome(answer):
+    """Return what has to be the same each time; the visitor has other dates."""
+    status, _, body = answer
+    return status, None if status == 200 else json.loads(body)
+
+
+@examples(80)
+@given(wire_requests(), st.lists(st.integers(0, 400), max_size=4))
+def test_bytes_in_any_pieces_get_the_same_first_answer_and_in_one_piece_no_other(
+    server, data, cuts
+):
+    answers = exchange(server, [data])
+    if b"\r\n\r\n" not in data.lstrip(b"\r\n"):  # no head has come to its end
+        assert not answers or answers[0][0] in (400, 414, 431)
+    else:
+        [(status, headers, body)] = answers
+        assert status in (200, 400, 404, 405, 413, 415, 417, 501)
+        assert headers["content-type"] == "application/json"
+        assert status == 200 or json.loads(body)["success"] is False
+    places = [0, *sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
+    parts = [data[start:end] for start, end in itertools.pairwise(places)]
+    again = exchange(server, parts)
+    assert [outcome(answer) for answer in again[:1]] == [outcome(answer) for answer in answers]
+
+
 # The store: a model of contract 2.3, 5 and 6.
 
 TOKENS = st.sampled_from(["a", "b", "A", "e\u0301", "\u00e9"])
@@ -397,8 +515,20 @@ SOME_FIELD = st.fixed_dictionaries(
         "overwrite": st.booleans(),
     }
 )
-SOME_FIELDS = st.lists(SOME_FIELD, max_size=4) | st.sampled_from([0, 90, 180]).map(
-    lambda start: [{"key": f"{start + n}", "value": "v", "overwrite": True} for n in range(90)]
+# Each of these has 4,096 bytes in JSON, or some more.
+LONG_VALUES = st.sampled_from(["", "v" * 4_094, "é" * 2_047, '"' * 2_047, "\x01" * 682])
+
+
+def some_fields(start, number, value):
+    return [
+        {"key": f"{key}", "value": value, "overwrite": True} for key in range(start, start + number)
+    ]
+
+
+SOME_FIELDS = (
+    st.lists(SOME_FIELD, max_size=4)
+    | st.builds(some_fields, st.sampled_from([0, 128, 200]), st.just(128), st.just("v"))
+    | st.builds(some_fields, st.sampled_from([0, 8]), st.sampled_from([8, 15, 16]), LONG_VALUES)
 )
 SORT = st.lists(
     st.tuples(st.sampled_from(["name", "username", "ts", "_updatedAt"]), st.sampled_from([1, -1])),
@@ -450,12 +580,16 @@ class StoreMachine(RuleBasedStateMachine):
         return None, token
 
     def with_fields(self, visitor, fields):
-        """Return a visitor's custom fields after these, or None where they are too many."""
+        """Return a visitor's custom fields after these, or the error that they are."""
         held = dict(visitor["fields"])
         for field in fields:
             if field["overwrite"] or held.get(field["key"], "") == "":
                 held[field["key"]] = field["value"]
-        return held if len(held) <= 256 else None
+        if len(held) > 256:
+            return storage.TooManyFields
+        if len(json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()) > 65_536:
+            return storage.FieldsTooLarge  # nobody has more from an earlier time here
+        return held
 
     def wire(self, visitor):
         """Return a visitor as the contract answers it (2.4)."""
@@ -491,8 +625,8 @@ class StoreMachine(RuleBasedStateMachine):
             visitor["username"] = given.get("username") or f"guest-{self.guests + 1}"
         skipped = [field for field in fields if not self.keys or field["key"] in self.keys]
         held = self.with_fields(visitor, skipped)
-        if held is None:
-            with pytest.raises(storage.TooManyFields):
+        if not isinstance(held, dict):
+            with pytest.raises(held):
                 self.store.register(token, given, fields)
             return
         answer = self.store.register(token, given, fields)
@@ -518,8 +652,8 @@ class StoreMachine(RuleBasedStateMachine):
             if visitor is None
             else storage.UnknownField
             if unknown or not fields
-            else storage.TooManyFields
-            if held is None
+            else held
+            if not isinstance(held, dict)
             else None
         )
         if error:

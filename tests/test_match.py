@@ -1,5 +1,7 @@
 """Which visitor a registration meets (contract, 2.3), in the four forms of LIVECHAT_MATCH."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +75,21 @@ def test_a_phone_is_matched_exactly_and_an_empty_one_never(make_service):
 def test_a_phone_that_is_not_configured_meets_nobody(make_service, form):
     service = make_service(LIVECHAT_MATCH=form)
     assert service.register("a", phone="1")["_id"] != service.register("b", phone="1")["_id"]
+
+
+def test_an_id_is_of_17_characters_that_are_all_as_likely():
+    alphabet = "23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
+    ids = [random_id() for _ in range(20_000)]
+    assert len(set(ids)) == len(ids)
+    assert {len(id_) for id_ in ids} == {17}
+    for position in range(17):
+        assert {id_[position] for id_ in ids} == set(alphabet)
+    counted = Counter("".join(ids))
+    expected = 17 * len(ids) / len(alphabet)
+    # Six times the standard deviation: once in ten million runs there is more by chance; a byte
+    # modulo 55 would make 36 of the characters more likely by a fourth.
+    for character in alphabet:
+        assert abs(counted[character] - expected) < 6 * expected**0.5
 
 
 class Model:

@@ -10,7 +10,7 @@ import apsw
 import pytest
 
 import storage
-from storage import preparation
+from storage import migrations
 from tests.server import PATH, ROOT
 from tests.test_database import refused
 
@@ -32,7 +32,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    return lambda *steps: monkeypatch.setattr(preparation, "STEPS", steps)
+    return lambda *steps: monkeypatch.setattr(migrations, "STEPS", steps)
 
 
 def look(path, sql):
@@ -91,7 +91,7 @@ def test_today_is_the_first_version_with_its_steps(path, tmp_path):
     storage.prepare(path)
     storage.prepare(str(tmp_path / "new.db"))
     assert tables(path) == tables(tmp_path / "new.db")
-    assert version(path) == version(tmp_path / "new.db") == preparation.newest()
+    assert version(path) == version(tmp_path / "new.db") == migrations.newest()
 
 
 def test_every_step_is_taken_once_and_keeps_every_visitor(path, steps):
@@ -151,7 +151,7 @@ def test_a_version_that_never_was_is_refused(path, version):
 
 def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
     # The old code is a server of today; the new one, which has the steps, migrates under it.
-    server = make_server(LIVECHAT_DB=path, WEB_CONCURRENCY="2").wait()
+    server = make_server(LIVECHAT_DB=path).wait()
     registered = [server.register(f"before{n}", name="N")[1] for n in range(8)]
     steps(*ADDED)
     assert storage.prepare(path) == (False, 11)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.server import PATH, ROOT, Server, wait_until
-from tests.slow import Attack, wait_of_others
+from tests.slow import Attack, longest, wait_of_others
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
@@ -157,7 +157,20 @@ def test_no_token_and_no_query_reaches_a_log_of_nginx(server):
 
 def test_others_register_while_slow_clients_are_there(tmp_path):
     with proxied(tmp_path) as server:
+
+        def ask():
+            return server.request("GET", "/readyz")[0]
+
+        idle = wait_of_others(server, 0.5, ask)
         with Attack(server.port, 200):
-            waits = wait_of_others(server, 2, lambda: server.request("GET", "/readyz")[0])
-        assert max(waits) < 2
+            waits = wait_of_others(server, 1, ask)
+        assert max(waits) < longest(idle)
         assert server.request("GET", "/livez")[0] == 200
+
+
+def test_nginx_lets_go_of_a_connection_before_the_service_does():
+    nginx = re.findall(
+        r"^    keepalive_timeout (\d+)s;$", (ROOT / "deploy/nginx.conf").read_text(), re.M
+    )
+    service = re.findall(r"^keepalive = (\d+)", (ROOT / "gunicorn.conf.py").read_text(), re.M)
+    assert 5 < int(*nginx) < int(*service) - 5

@@ -105,11 +105,19 @@ def test_every_example_of_an_answer_is_as_described():
 
 
 @pytest.mark.parametrize(
-    ("line", "status"),
-    [(f"GET /?{'a' * 9_000} HTTP/1.1", 414), (f"GET / HTTP/1.1\r\nX: {'a' * 9_000}", 431)],
+    ("status", "request_"),
+    [
+        (400, "GET / HTTP/1.1"),
+        (400, "GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1"),
+        (414, f"GET /?{'a' * 9_000} HTTP/1.1\r\nHost: x"),
+        (417, "GET / HTTP/1.1\r\nHost: x\r\nExpect: y"),
+        (431, f"GET / HTTP/1.1\r\nHost: x\r\nX: {'a' * 9_000}"),
+        (501, "GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip"),
+    ],
+    ids=["not HTTP", "incomplete", "URL", "Expect", "header", "Transfer-Encoding"],
 )
-def test_a_line_or_headers_that_are_too_long_are_as_described(server, line, status):
-    head, body = server.raw(f"{line}\r\n\r\n".encode())
+def test_what_the_server_refuses_is_described_on_every_route(server, status, request_):
+    head, body = server.raw(f"{request_}\r\n\r\n".encode())
     headers = dict(header.split(": ") for header in head.split("\r\n")[1:])
     assert head.startswith(f"HTTP/1.1 {status} ")
     for path, method, _ in OPERATIONS:

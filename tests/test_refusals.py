@@ -3,6 +3,11 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+import schemas
 
 ITEM = {"key": "k", "value": "v", "overwrite": True}
 LONG = "x" * 300
@@ -231,18 +236,27 @@ def test_an_unknown_department_is_refused_where_departments_are_configured(
     assert service.refused(visitor(department=department)) == DEPARTMENT
 
 
-def test_the_meaning_is_checked_token_first_then_email_then_department_then_the_count(make_service):
+def test_the_meaning_is_checked_token_email_department_count_and_bytes_in_this_order(make_service):
     service = make_service(LIVECHAT_DEPARTMENTS="d1")
     for start in range(0, 256, 64):
         fields = [ITEM | {"key": f"k{number}"} for number in range(start, start + 64)]
         service.register("t", customFields=fields)
-    wrong = {"customFields": [ITEM], "department": "d9", "email": "foo", "token": " "}
+    large = [ITEM | {"value": "v" * 4_000, "key": f"new{number}"} for number in range(16)]
+    known = [field | {"key": field["key"].replace("new", "k")} for field in large]
+    wrong = {"customFields": large, "department": "d9", "email": "foo", "token": " "}
     answers = []
-    for fixed in ({}, {"token": "t"}, {"email": "a@b"}, {"department": "d1"}):
+    for fixed in (
+        {},
+        {"token": "t"},
+        {"email": "a@b"},
+        {"department": "d1"},
+        {"customFields": known},
+    ):
         wrong |= fixed
         answers.append(service.refused({"visitor": wrong}))
     assert answers[:3] == [BLANK, invalid_email("foo"), DEPARTMENT]
     assert "Expected at most 256 items in field visitor.customFields" in answers[3]
+    assert "Expected at most 65536 bytes in field visitor.customFields" in answers[4]
 
 
 @pytest.mark.parametrize(
@@ -252,3 +266,41 @@ def test_a_refused_registration_spends_no_guest_number(make_service, wrong):
     service = make_service(LIVECHAT_DEPARTMENTS="d1")
     service.refused({"visitor": {"token": "t"} | wrong})
     assert service.register("next")["username"] == "guest-2"
+
+
+TEXTS = st.text(max_size=3) | st.sampled_from(["a\0", "x" * 129, "x" * 257, "x" * 4097])
+VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+FIELD = {"key": TEXTS, "value": TEXTS, "overwrite": st.booleans()}
+FIELDS = st.lists(st.fixed_dictionaries({}, optional=FIELD) | VALUES, max_size=3)
+NEARLY = {
+    "visitor": st.fixed_dictionaries(
+        {
+            "visitor": st.fixed_dictionaries(
+                {"token": TEXTS}, optional={"name": VALUES, "customFields": FIELDS}
+            )
+        },
+        optional={"foo": VALUES},
+    ),
+    "visitor.status": st.fixed_dictionaries(
+        {"token": TEXTS}, optional={"status": TEXTS, "foo": VALUES}
+    ),
+    "custom.field": st.fixed_dictionaries(FIELD, optional={"token": VALUES, "foo": VALUES}),
+    "custom.fields": st.fixed_dictionaries(
+        {"token": TEXTS}, optional={"customFields": FIELDS, "foo": VALUES}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_what_is_refused_is_what_jsonschema_itself_refuses(name, data):
+    value = data.draw(NEARLY[name] | VALUES)
+    make = schemas.match_checker if name.startswith("visitor") else schemas.ajv_checker
+    check = make(name)
+    try:
+        check(value)
+        taken = True
+    except schemas.InvalidParams:
+        taken = False
+    assert taken == Draft202012Validator(schemas.load(name)).is_valid(value)

@@ -25,10 +25,6 @@ def test_a_host_that_sets_port_is_reached_from_outside(environ, bind):
     assert read(**environ).bind == bind
 
 
-def test_there_are_two_workers_unless_told_otherwise():
-    assert (read().workers, read(WEB_CONCURRENCY="5").workers) == ("2", "5")
-
-
 def test_the_database_is_livechat_db_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read().database == str(tmp_path / "livechat.db")
@@ -92,7 +88,6 @@ def test_origins_are_any_or_a_list():
         ({"LIVECHAT_DB": "\udcff"}, "LIVECHAT_DB: not UTF-8"),
         ({"LIVECHAT_DEPARTMENTS": "\udcff:Support"}, "LIVECHAT_DEPARTMENTS: not UTF-8"),
         ({"LIVECHAT_AGENT": "secret:\udcff"}, "LIVECHAT_AGENT: not UTF-8"),
-        ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY: 0 workers would answer nobody"),
         ({"LIVECHAT_CORS_ORIGINS": "https://a b"}, "LIVECHAT_CORS_ORIGINS: 'https://a b' is no"),
         ({"LIVECHAT_CORS_ORIGINS": "shop.example"}, "LIVECHAT_CORS_ORIGINS: 'shop.example' is no"),
         ({"LIVECHAT_CORS_ORIGINS": "https://a.example/"}, "LIVECHAT_CORS_ORIGINS: 'https://a.exa"),

@@ -3,16 +3,18 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from threading import Event
 from urllib.parse import quote
 
 import apsw
 import pytest
 
 import storage
-from storage.connection import scrub
-from storage.lock import check_wal
+from storage.scrubber import scrub
 from tests.conftest import PATH
-from tests.server import ROOT
+from tests.server import ROOT, wait_until
+from tests.test_database import held
 
 UNKNOWN = '{"success":false,"error":"[invalid-token]","errorType":"invalid-token"}'
 TOKENS = [
@@ -168,10 +170,9 @@ def test_erased_data_is_gone_from_the_database_and_its_wal(make_service, tmp_pat
     assert request(service, "DELETE", "TOKEN-secret").status_int == 200
     assert count(path, "secret") == 0
     assert count(path, "other-") >= 40
-    assert not check_wal(str(path)).erasing  # nothing is due any more
 
 
-def test_searches_of_other_workers_do_not_hold_an_erasure_up(service, tmp_path):
+def test_searches_of_other_processes_do_not_hold_an_erasure_up(service, tmp_path):
     path = tmp_path / "livechat.db"
 
     def fill(connection):
@@ -220,39 +221,98 @@ def test_no_copy_of_a_moved_row_stays_behind_in_the_file(make_service, tmp_path)
     connection.close()
 
 
-@pytest.mark.parametrize("lock", ["the lock file stays", "the lock file is removed"])
-def test_an_erasure_while_another_program_reads_ends_with_the_first_write_after_it(
-    service, tmp_path, lock
-):
-    path = tmp_path / "livechat.db"
+def test_searches_of_this_process_do_not_hold_an_erasure_up(service, tmp_path):
+    service.register("first")
+    sql = f"SELECT count(*), (SELECT sum(value) FROM {SERIES.replace('30000', '100000')}) FROM visitor"
+    done = Event()
+
+    def search():
+        while not done.is_set():
+            service.database.scan(lambda connection: connection.execute(sql).fetchall())
+
+    with ThreadPoolExecutor(4) as pool:
+        searching = [pool.submit(search) for _ in range(4)]
+        try:
+            for number in range(5):
+                service.register(f"TOKEN-{number}", **SECRETS)
+                assert request(service, "DELETE", f"TOKEN-{number}").status_int == 200
+                assert count(tmp_path / "livechat.db", "secret") == 0
+        finally:
+            done.set()
+        assert [one.result() for one in searching] == [None] * 4
+
+
+def erase_under_a_reader(service, path):
+    """Erase a visitor whom another process goes on reading, so that the bytes have to stay."""
     service.register("TOKEN-secret", **SECRETS)
-    code = (
-        "import apsw, sys; connection = apsw.Connection(sys.argv[1]); "
-        "connection.execute('BEGIN'); connection.execute('SELECT * FROM visitor').fetchall(); "
-        "print(flush=True); input()"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
-        reader.stdout.readline()
+    with held(str(path), "older state") as let_go:
         assert request(service, "DELETE", "TOKEN-secret").status_int == 200
         assert request(service, "GET", "TOKEN-secret").status_int == 400
         assert service.register("a")["username"] == "guest-2"
         assert count(path, "secret") > 0  # the reader needs it
-        reader.communicate(b"\n")
-    if "removed" in lock:
-        path.with_name("livechat.db-lock").unlink()
-    # Another process writes next: that an erasure is due is not known to this one alone.
-    storing = (
-        "import storage, sys; storage.VisitorStore(storage.Database(sys.argv[1])).register('b', {})"
-    )
-    subprocess.run([sys.executable, "-c", storing, str(path)], check=True, cwd=ROOT)
+        let_go()
+
+
+def test_an_erasure_while_another_program_reads_ends_with_the_first_write_after_it(
+    service, tmp_path
+):
+    path = tmp_path / "livechat.db"
+    erase_under_a_reader(service, path)
+    assert count(path, "secret") > 0
+    service.register("b")
     assert count(path, "secret") == 0
 
 
+def erase_and_be_killed(path):
+    """Let a process erase a visitor, and end before it could take the bytes from the files."""
+    code = (
+        "from pathlib import Path; from tests import conftest, test_visitor_by_token as test;"
+        "import os, sys; path = Path(sys.argv[1]); service = conftest.Service(path, {});"
+        "test.erase_under_a_reader(service, path); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("begins", ["a start", "a worker that is started again"])
+def test_an_erasure_that_a_process_could_not_end_before_it_was_killed_is_ended_by_the_next_one(
+    tmp_path, begins
+):
+    path = tmp_path / "livechat.db"
+    erase_and_be_killed(path)
+    assert count(path, "secret") > 0
+    if begins == "a start":
+        assert storage.prepare(str(path)) == (False, 1)
+    else:
+        with closing(storage.Database(str(path))) as database:
+            storage.VisitorStore(database).register("b", {})
+            assert count(path, "secret") == 0
+    assert count(path, "secret") == 0
+
+
+def test_an_erasure_ends_by_itself_where_nobody_writes_any_more(server):
+    assert server.register("TOKEN-secret", **SECRETS)[0] == 200
+    with held(str(server.database), "older state") as let_go:
+        assert server.request("DELETE", f"{PATH}/TOKEN-secret")[0] == 200
+        assert count(server.database, "secret") > 0
+        let_go()
+    wait_until(lambda: count(server.database, "secret") == 0, "the erased bytes are gone")
+
+
+def test_an_erasure_of_another_process_that_was_killed_is_ended_by_the_service(server):
+    erase_and_be_killed(server.database)
+    wait_until(lambda: count(server.database, "secret") == 0, "the erased bytes are gone")
+
+
 def test_an_unknown_token_makes_no_erasure_due(service, tmp_path):
-    service.register("known")
+    for token in "abc":
+        service.register(token)
+    wal = tmp_path / "livechat.db-wal"
+    before = wal.stat().st_size
+    assert before > 0
     request(service, "DELETE", "unknown")
-    assert not check_wal(str(tmp_path / "livechat.db")).erasing
+    assert wal.stat().st_size == before
+    request(service, "DELETE", "a")
+    assert wal.stat().st_size == 0
 
 
 def test_replaced_values_are_gone_after_a_checkpoint(service, tmp_path):

@@ -5,6 +5,8 @@ import urllib.parse
 
 import pytest
 
+from storage import visitors
+
 INFO = "/api/v1/livechat/visitors.info"
 SEARCH = "/api/v1/livechat/visitors.search"
 AGENT = {"X-User-Id": "agent", "X-Auth-Token": "se:cret-é"}
@@ -264,6 +266,43 @@ def test_pages_of_50_unless_asked_of_100_at_most(service):
         assert (answer["count"], answer["offset"], answer["total"]) == (length, start, 120)
     for offset in ("1e999", "9" * 30, "1e18"):
         assert search(service, term="", offset=offset)["visitors"] == []
+
+
+def large(service, token, value, fields):
+    """Write a visitor with so many custom fields as they could be before their size had a limit."""
+    held = {f"k{number}": value for number in range(fields)}
+    visitor = dict.fromkeys(visitors.COLUMNS) | {"id": visitors.random_id(), "token": token}
+    visitor |= {"name": token, "username": token, "ts": service.now, "updated": service.now}
+    visitor["fields"] = held
+    row = visitors.as_row(visitor)
+    service.database.write(lambda connection: connection.execute(visitors.INSERT, row) and None)
+
+
+@pytest.mark.parametrize(
+    ("value", "fields", "everybody", "first"),
+    [
+        ("x" * 4000, 16, 100, range(55, 65)),  # 64 kB each: as large as it may be
+        ("\U0001f600" * 1000, 16, 100, range(55, 65)),  # that are 4 bytes each
+        ("x" * 4096, 256, 8, [3]),  # 1 MB each
+        ("\U0001f600" * 4096, 256, 3, [1]),  # 4 MB each
+    ],
+    ids=["ASCII", "emojis", "large", "larger than a page"],
+)
+def test_a_page_ends_before_it_has_more_than_4_mb(service, value, fields, everybody, first):
+    for number in range(everybody):
+        large(service, f"{number}", value, fields)
+    found = []
+    while len(found) < everybody:
+        query = f"term=&count=100&offset={len(found)}"
+        answer = ask(service, SEARCH, query)
+        page = answer.json
+        assert page["total"] == everybody
+        assert page["count"] == len(page["visitors"]) > 0
+        assert len(answer.body) < 4_100_000 or page["count"] == 1
+        if not found:
+            assert page["count"] in first
+        found += names(page)
+    assert found == [f"{number}" for number in reversed(range(everybody))]
 
 
 def test_a_search_follows_what_is_written(people):

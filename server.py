@@ -1,0 +1,627 @@
+"""gunicorn's worker: uvicorn's connections with limits, and the WSGI app in greenlets of its loop.
+
+A request that has come whole runs at once, in the thread of the event loop. Where it has to wait,
+for a commit or for what takes long, its greenlet gives that thread back to the loop. The writes
+that wait at the same moment share a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+from urllib.parse import unquote_to_bytes
+
+import falcon
+import uvicorn
+from greenlet import getcurrent, greenlet
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn_worker import UvicornWorker
+
+import app
+import storage
+from resources.errors import (
+    MAX_BODY,
+    Refusal,
+    invalid_request,
+    log,
+    log_unavailable,
+    log_unforeseen,
+    refusal,
+    to_json,
+)
+from settings import Settings
+from storage.database import BEGIN_RETRY, LOCKED
+
+REQUEST_TIME = 10  # seconds in which a request has to come
+ANSWER_TIME = 10  # seconds in which a client has to take its answer
+STOP_TIME = 1  # seconds in which an open connection may ask once more at a stop
+LINGER_TIME = 2  # seconds for which a client may still send after its last answer: RFC 9112, 9.6
+LINGER_BYTES = 2**23  # that it may send meanwhile
+CLOCK = 0.2  # seconds between two looks at the deadlines of all connections
+LARGEST_LINE = 8_190  # bytes of a URL, and of a header field
+LARGEST_HEAD = 65_536  # bytes
+MOST_FIELDS = 64  # in a head
+LARGEST_CHUNKED = 73_728  # bytes of a body with what is around its chunks
+MOST_EMPTY = 64  # bytes of empty lines before a request
+PIECE = 8_192  # bytes that are parsed between two looks at these limits
+ACCEPTED = 20  # connections that are accepted in one turn of the loop
+SPARE_FILES = 150  # descriptors for our own files, and for what is accepted in some turns
+MOST_WAITING = 100  # long calls that wait for the thread which makes them
+SLOW = 0.05  # seconds; after a commit on the loop that took longer, commits go into a thread
+QUICK = 100  # quick commits in a row after which they are made on the loop again
+MOST_TURNS = 3  # of the loop, for which a group waits for more writes
+
+
+class Request(greenlet):
+    """The greenlet in which the app answers a request."""
+
+    waits_for: asyncio.Future[Any] | None = None  # what is not begun once its client has gone
+
+
+def pause() -> Any:
+    """Give the thread back to the loop; return what this greenlet is resumed with."""
+    loop: Any = getcurrent().parent
+    return loop.switch()
+
+
+def wait_for(awaitable: Awaitable[Any]) -> Any:
+    """Return the result of an awaitable, from within a greenlet; the loop goes on meanwhile."""
+    request: Any = getcurrent()
+
+    def resume(done: asyncio.Future[Any]) -> None:
+        if done.cancelled():
+            request.throw()  # GreenletExit, which ends it
+        elif error := done.exception():
+            request.throw(error)
+        else:
+            request.switch(done.result())
+
+    request.waits_for = asyncio.ensure_future(awaitable)
+    request.waits_for.add_done_callback(resume)
+    try:
+        return pause()
+    finally:
+        request.waits_for = None  # which holds a whole page of a search
+
+
+class Turns(storage.Waiting):
+    """A greenlet waits, and the loop goes on; the writes that wait share a transaction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._writes: list[tuple[storage.PendingWrite[Any], Any]] = []  # with their greenlets
+        self._writing: asyncio.Task[None] | None = None
+        self._slow = QUICK  # how many quick commits are missing until they are made on the loop
+        self._disk = ThreadPoolExecutor(1, "commits")
+        self._waiting = 0  # calls for the thread, and the one in it
+        self._thread = ThreadPoolExecutor(1, "long calls")
+
+    def commit(self, database: storage.Database, write: storage.PendingWrite[Any]) -> None:
+        """Return when `write` is on the disk, or has an error."""
+        self._writes.append((write, getcurrent()))
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write(database))
+        pause()
+
+    def in_thread(self, call: Callable[[], Any]) -> Any:
+        """Return the result of a call that takes long; raise `Unavailable` where too many wait."""
+        if self._waiting >= MOST_WAITING:
+            raise storage.Unavailable("BusyError: too many searches wait")
+        self._waiting += 1
+        try:
+            return wait_for(asyncio.get_running_loop().run_in_executor(self._thread, call))
+        finally:
+            self._waiting -= 1
+
+    def on_disk(self, call: Callable[[], Any]) -> Any:
+        """Return the result of a call that waits for the disk."""
+        return wait_for(asyncio.get_running_loop().run_in_executor(self._disk, call))
+
+    def sleep(self, seconds: float) -> None:
+        """Return after so many seconds."""
+        wait_for(asyncio.sleep(seconds))
+
+    async def _write(self, database: storage.Database) -> None:
+        """Commit what waits, group by group, as long as anything does."""
+        while self._writes:
+            for _ in range(MOST_TURNS):  # a request takes a turn of the loop to come here
+                seen = len(self._writes)
+                await asyncio.sleep(0)
+                if len(self._writes) == seen:
+                    break
+            # Those who are late, and those of a group, are those who came first.
+            now = time.monotonic()
+            group: Any = [write for write, _ in self._writes if write.deadline < now]
+            for write in group:
+                write.fail(LOCKED)
+            if not group:
+                group = database.run_group([write for write, _ in self._writes])
+                if not group:
+                    await asyncio.sleep(BEGIN_RETRY)
+                    continue
+                await self._commit(partial(database.commit_group, group))
+            settled, self._writes = self._writes[: len(group)], self._writes[len(group) :]
+            for _, request in settled:
+                request.switch()
+            if database.checkpoint_is_due():
+                await asyncio.get_running_loop().run_in_executor(self._disk, database.checkpoint)
+        self._writing = None
+
+    async def _commit(self, commit: Callable[[], None]) -> None:
+        """Commit: on the loop while that is quick, else in a thread."""
+
+        def timed() -> float:
+            start = time.monotonic()
+            commit()
+            return time.monotonic() - start
+
+        loop = asyncio.get_running_loop()
+        took = await loop.run_in_executor(self._disk, timed) if self._slow else timed()
+        self._slow = QUICK if took > SLOW else max(0, self._slow - 1)
+
+
+class Pipelined(Exception):
+    """A request that begins before the one ahead of it is answered."""
+
+
+NAMES = {b"content-type": "CONTENT_TYPE", b"content-length": None, b"transfer-encoding": None}
+REFUSAL_HEADERS = (
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+ENVIRON = {
+    "wsgi.version": (1, 0),
+    "wsgi.url_scheme": "http",
+    "wsgi.errors": sys.stderr,
+    "wsgi.multithread": False,
+    "wsgi.multiprocess": False,
+    "wsgi.run_once": False,
+    "SCRIPT_NAME": "",
+}
+
+
+class Connection(HttpToolsProtocol):
+    """A client's connection: one request at a time, with a limit for all that it sends or takes."""
+
+    # These are the same for all connections, and set by `Worker`.
+    log_access: Callable[..., None] | None = None
+    idle_time = 75.0  # seconds until the next request of a connection
+    most = 500  # connections at a time
+    stopping = False  # whether this process is to end
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
+        self.request: Request | None = None
+        self.since = self.loop.time()  # when a whole request was there, or at first the connection
+        self.deaf = self.ended = self.keep_alive = False
+        self.next_request(REQUEST_TIME)
+        if self.stopping:
+            self.shutdown()
+        everyone: Any = self.connections
+        if len(everyone) > self.most:  # this is the newest, so it ends only where all others run
+            others = (one for one in everyone if one.phase != "running")
+            longest = min(others, key=lambda one: one.since)
+            everyone.discard(longest)  # now, and not when asyncio has closed it
+            longest.transport.abort()
+
+    def next_request(self, seconds: float) -> None:
+        """Wait for the next request for so many seconds."""
+        self.enter("idle", seconds)
+        self.begun = self.in_head = self.resuming = self.upgraded = self.whole = False
+        self.size = 0  # bytes of the head so far, and after it of what follows
+        self.body: bytearray | None = bytearray()  # None: it is too large
+
+    def enter(
+        self, phase: Literal["idle", "receiving", "running", "sending", "closing"], seconds: float
+    ) -> None:
+        """Wait for so long for a request, its rest, the app, a taken answer, or the end."""
+        self.phase = phase
+        self.deadline = self.loop.time() + seconds
+
+    def check(self, now: float) -> None:
+        """End what has taken too long; `now` is a time of the loop."""
+        if now < self.deadline:
+            return
+        if self.phase == "receiving" and self.begun:
+            self.refuse(refusal("error-request-timeout"))
+        else:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.request is not None and self.request.waits_for is not None:
+            self.request.waits_for.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase == "closing":
+            self.size += len(data)
+            if self.size > LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self.phase in ("running", "sending"):
+            self.listen_no_more()
+            return
+        try:
+            for start in range(0, len(data), PIECE):
+                self.parse(data[start : start + PIECE])
+                if self.deaf:
+                    break
+        except Refusal as refused:
+            self.refuse(refused)
+            return
+        if self.whole:
+            self.since = self.loop.time()
+            self.enter("running", float("inf"))
+            self.request = Request(self.answer)
+            self.request.switch()
+        elif self.phase == "idle":
+            self.enter("receiving", REQUEST_TIME)
+
+    def parse(self, piece: bytes) -> None:
+        """Parse a piece; raise `Refusal` for what is not HTTP or beyond a limit."""
+        self.size += len(piece)
+        try:
+            try:
+                self.parser.feed_data(piece)
+                rest = b""
+            except HttpParserUpgrade as upgrade:  # it drops the body, so another parser reads that
+                rest = piece[upgrade.args[0] :]
+                self.parser = HttpRequestParser(self)
+                self.resuming = True
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.framing + b"\r\n\r\n")
+            self.parser.feed_data(rest)
+        except HttpParserError as error:
+            reason = error.__context__  # what a callback has raised
+            try:
+                if isinstance(reason, Refusal):
+                    raise reason from None
+                if isinstance(reason, Pipelined) or self.whole:
+                    self.listen_no_more()
+                elif self.begun and not self.in_head:
+                    raise refusal("error-incomplete-body") from None
+                else:
+                    raise invalid_request(f"The request is not valid HTTP: {error}") from None
+            finally:
+                del reason  # or a cycle of the error and this frame would keep the piece in memory
+        if not self.begun and self.size > MOST_EMPTY:
+            raise invalid_request("There are too many empty lines before the request")
+        if self.in_head:
+            self.check_head(self.size)
+        elif self.size > LARGEST_CHUNKED and not self.whole:
+            self.drop_body()
+
+    # What the parser calls. It keeps what these raise as the context of its own error.
+
+    def on_message_begin(self) -> None:
+        if self.resuming:
+            return
+        if self.begun:
+            raise Pipelined
+        self.begun = self.in_head = True
+        self.parsed = 0  # bytes of the head
+        self.url = b""
+        self.headers = []
+
+    def on_url(self, url: bytes) -> None:
+        if self.in_head:
+            self.url += url
+            if len(self.url) > LARGEST_LINE:
+                raise invalid_request(f"The request's URL is longer than {LARGEST_LINE} bytes", 414)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head:  # a trailer
+            return
+        size = len(name) + len(value) + 4
+        self.parsed += size
+        if size > LARGEST_LINE:
+            raise invalid_request(f"A header field is larger than {LARGEST_LINE} bytes", 431)
+        if len(self.headers) == MOST_FIELDS:
+            raise invalid_request(f"The request has more than {MOST_FIELDS} header fields", 431)
+        self.check_head(self.parsed)
+        self.headers.append((name.lower(), value))
+
+    def check_head(self, size: int) -> None:
+        """Raise `Refusal` for a head of so many bytes if that is too large."""
+        if size > LARGEST_HEAD:
+            raise invalid_request(f"The request's head is larger than {LARGEST_HEAD} bytes", 431)
+
+    def on_headers_complete(self) -> None:
+        if self.resuming:
+            self.resuming = False
+            return
+        self.check_head(self.parsed + len(self.url))
+        self.in_head, self.size = False, 0
+        self.version, self.method = self.parser.get_http_version(), self.parser.get_method()
+        fields = dict(self.headers)
+        self.check_fields(fields)
+        self.upgraded = self.parser.should_upgrade()
+        last = self.upgraded or self.version == "1.0" or not self.parser.should_keep_alive()
+        self.keep_alive = not last
+        # The parser has seen that this is a number, and not there beside a Transfer-Encoding.
+        length = fields.get(b"content-length", b"0")
+        chunked = b"transfer-encoding" in fields
+        self.framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: " + length
+        if int(length) > MAX_BODY:
+            self.drop_body()
+        elif b"expect" in fields and self.version == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def check_fields(self, fields: dict[bytes, bytes]) -> None:
+        """Raise `Refusal` for what the parser lets pass."""
+        if len(fields) < len(self.headers):
+            names = [name for name, _ in self.headers]
+            for name in (b"host", b"content-type", b"transfer-encoding", b"expect"):
+                if names.count(name) > 1:
+                    raise invalid_request(f"The request has two {name.decode().title()} headers")
+        if self.version not in ("1.0", "1.1"):
+            raise invalid_request("The request's version of HTTP is neither 1.0 nor 1.1")
+        if b"host" not in fields and self.version == "1.1":
+            raise invalid_request("The request has no Host header")
+        coding = fields.get(b"transfer-encoding", b"chunked").lower()
+        if coding != b"chunked":
+            raise invalid_request("The request's Transfer-Encoding is not chunked", 501)
+        if b"transfer-encoding" in fields and self.version == "1.0":
+            raise invalid_request("A request in HTTP/1.0 has a Transfer-Encoding")
+        if fields.get(b"expect", b"100-continue").strip().lower() != b"100-continue":
+            raise invalid_request("The request's Expect is not 100-continue", 417)
+        try:
+            self.parts = parse_url(self.url)
+        except HttpParserError:
+            raise invalid_request("The request's URL is not valid") from None
+
+    def on_body(self, body: bytes) -> None:
+        if self.body is not None:
+            self.body += body
+            if len(self.body) > MAX_BODY:
+                self.drop_body()
+
+    def on_message_complete(self) -> None:
+        self.whole = self.whole or not self.upgraded
+        self.upgraded = False  # the body comes from the other parser
+        self.keep_alive &= self.parser.should_keep_alive()  # which a trailer can change
+
+    def drop_body(self) -> None:
+        """Let the app see a body that is too large, and throw away the rest of it."""
+        self.body = None
+        self.whole = True
+        self.listen_no_more()
+
+    def listen_no_more(self) -> None:
+        """Answer what was asked, then close; throw away what still comes."""
+        self.deaf = True
+        self.keep_alive = False
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own returns it too
+        """Return whether the connection stays open, for the answer."""
+        self.ended = True
+        if self.phase == "receiving" and self.begun and not self.in_head:
+            self.refuse(refusal("error-incomplete-body"))
+            return True
+        if self.phase in ("running", "sending"):
+            self.listen_no_more()
+            return True
+        return False
+
+    def answer(self) -> None:
+        """Run the app, in a greenlet, and send its answer."""
+        start = time.monotonic()
+        begun: list[Any] = []
+        wsgi: Any = self.app
+        try:
+            environ = self.environ()
+            parts = wsgi(environ, lambda *head: begun.extend(head))
+            body = b"".join(parts)
+            if hasattr(parts, "close"):
+                parts.close()
+            status, headers = begun[:2]
+            if self.transport.is_closing():
+                return
+            self.send(status, headers, body)
+            self.server_state.total_requests += 1
+            if self.log_access is not None:
+                took = timedelta(seconds=time.monotonic() - start)
+                said = SimpleNamespace(status=status, sent=len(body), headers=headers)
+                asked = [
+                    (name.decode("latin-1"), value.decode("latin-1"))
+                    for name, value in self.headers
+                ]
+                self.log_access(said, SimpleNamespace(headers=asked), environ, took)
+        except Exception as error:  # which has to end here, and not where the greenlet is resumed
+            log_unforeseen(error)
+            self.transport.abort()
+
+    def environ(self) -> dict[str, Any]:
+        """Return the environment of the request for the app (PEP 3333)."""
+        path = self.parts.path or b"/"  # RFC 9112, 3.2.1
+        body = b"" if self.body is None else self.body
+        environ = ENVIRON | {
+            "REQUEST_METHOD": self.method.decode(),
+            "PATH_INFO": (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1"),
+            "QUERY_STRING": (self.parts.query or b"").decode("latin-1"),
+            "RAW_URI": self.url.decode("latin-1"),
+            "SERVER_PROTOCOL": f"HTTP/{self.version}",
+            "SERVER_NAME": self.server[0] if self.server else "",
+            "SERVER_PORT": str(self.server[1]) if self.server else "",
+            "REMOTE_ADDR": self.client[0] if self.client else "",
+            "CONTENT_LENGTH": str(MAX_BODY + 1 if self.body is None else len(body)),
+            "wsgi.input": io.BytesIO(body),
+        }
+        for name, value in self.headers:
+            key = NAMES.get(name, name)
+            if key is None or b"_" in name:  # X_Forwarded_For would count as X-Forwarded-For
+                continue
+            if isinstance(key, bytes):
+                key = "HTTP_" + name.decode("latin-1").upper().replace("-", "_")
+            text = value.decode("latin-1").strip(" \t")
+            environ[key] = f"{environ[key]},{text}" if key in environ else text
+        return environ
+
+    def refuse(self, refused: Refusal) -> None:
+        """Answer what the app does not see, and close."""
+        log.warning("Refused with %d: %s", refused.status, refused.body["error"])
+        self.listen_no_more()
+        body = to_json(refused.body)
+        headers = [*REFUSAL_HEADERS, ("Content-Length", str(len(body)))]
+        self.send(falcon.code_to_http_status(refused.status), headers, body)
+
+    def send(self, status: str, headers: list[tuple[str, str]], body: bytes) -> None:
+        """Send an answer at once; then wait for the next request, or close."""
+        self.keep_alive = self.keep_alive and not self.stopping
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)]
+        lines += [] if self.keep_alive else ["Connection: close"]
+        head = "\r\n".join(lines)
+        if head.count("\n") != len(lines) - 1:
+            raise ValueError("a header with a line break")
+        date = b"".join(b"\r\n%s: %s" % field for field in self.server_state.default_headers)
+        self.next_request(self.idle_time)
+        self.transport.write(head.encode("latin-1") + date + b"\r\n\r\n" + body)
+        if self.transport.get_write_buffer_size():
+            self.enter("sending", ANSWER_TIME)
+        elif not self.keep_alive:
+            self.end()
+
+    def end(self) -> None:
+        """Close; but let a client that may still send read its answer first."""
+        if self.deaf and not self.ended:
+            self.enter("closing", LINGER_TIME)
+            with suppress(OSError):
+                self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.phase == "sending":
+            self.enter("idle", self.idle_time)
+            if not self.keep_alive or self.stopping:
+                self.end()
+
+    def shutdown(self) -> None:
+        """Let an open connection ask once more at a stop; uvicorn calls this."""
+        if self.phase == "idle":
+            self.deadline = min(self.deadline, self.loop.time() + STOP_TIME)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; it looks at all deadlines, and ends in order."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker.config)
+        self._worker = worker
+        self._tidied = 0.0
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Stop at a signal, and begin to look; uvicorn would raise the signal again in the end."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(report)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        loop.call_soon(self._look)
+        yield
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Serve; accept no more in a turn than there is room for."""
+        await super().startup(sockets)
+        for listener in sockets or ():  # asyncio has told the kernel `ACCEPTED`
+            listener.listen(self._worker.cfg.backlog)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(CLOCK, self._look)
+        now = loop.time()
+        connections: Any = list(self.server_state.connections)
+        for connection in connections:
+            connection.check(now)
+        if now - self._tidied > 1:
+            self._tidied = now
+            self._worker.notify()  # or the master would end this process
+            Request(self._look_after_database).switch()
+            if os.getppid() != self._worker.ppid:  # the master has ended
+                self.should_exit = True
+
+    def _look_after_database(self) -> None:
+        try:
+            self._worker.database.look_after()
+        except storage.Unavailable:
+            pass  # of which the next request tells
+        except Exception as error:
+            log_unforeseen(error)
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """Answer what was asked, and then close the database, which moves its WAL into it."""
+        Connection.stopping = True
+        await super().shutdown(sockets)
+        self._worker.database.close()
+
+
+def report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log a fault in the loop itself, without what it says of a client."""
+    error = context.get("exception")
+    if isinstance(error, OSError):  # such as no more files for connections
+        log.error("%s: %s", context["message"], error.strerror)
+    elif isinstance(error, Exception):
+        log_unforeseen(error)
+
+
+class Worker(UvicornWorker):  # type: ignore[misc] # it has no types
+    """The one process that serves the visitors."""
+
+    CONFIG_KWARGS = {  # noqa: RUF012 # uvicorn's
+        "http": Connection,
+        "loop": "asyncio",
+        "lifespan": "off",
+        "ws": "none",
+        "interface": "asgi3",  # `Connection` alone calls the app, as the WSGI application it is
+        "access_log": False,
+        "proxy_headers": False,
+        "server_header": False,
+    }
+    settings: Settings  # both are set by gunicorn.conf.py, before this process is forked
+    identity: storage.Identity
+
+    def load_wsgi(self) -> None:
+        """Open the database, and make the app that serves it."""
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        # What no line of the log shows need not be found out: "Optimization" in logging's HOWTO.
+        logging.logThreads = logging.logMultiprocessing = False
+        logging._srcfile = None  # which the HOWTO names
+        Connection.idle_time = self.cfg.keepalive
+        Connection.log_access = self.log.access if self.cfg.accesslog else None
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft = max(soft, min(hard, 2 * self.cfg.worker_connections + SPARE_FILES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        Connection.most = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
+        path = self.settings.database
+        self.database = storage.Database(path, Turns(), self.identity)
+        try:
+            self.database.open()
+        except storage.Unavailable as fault:
+            log_unavailable(fault)  # and serve: it may be put back
+        self.wsgi = app.serve(self.database, self.settings)
+        # A request leaves next to no cycles. Looking for them, among what is there from the start
+        # too, took a tenth of the CPU, and made the slowest answers half as slow again.
+        gc.freeze()
+        gc.set_threshold(5_000, 10, 10)
+
+    async def _serve(self) -> None:
+        self.config.app = self.wsgi
+        self.config.backlog = ACCEPTED
+        await Server(self).serve(sockets=self.sockets)
