@@ -26,7 +26,7 @@ BODY = (
 
 
 class Batch:
-    """A database whose writes are parts of one transaction that is there already."""
+    """A database whose writes are parts of a transaction that has begun already."""
 
     def __init__(self, connection):
         self._connection = connection
@@ -76,12 +76,12 @@ def pieces(path, database):
     made = cpu(
         lambda token: testing.create_environ(PATH, method="POST", body=BODY % ((token,) * 4))
     )
-    yield "a request in all, but for gunicorn", cpu(request) - made
+    yield "a request in all, but for the server", cpu(request) - made
     yield "  JSON, strictly", cpu(lambda token: parse(body.encode()))
     check, value = schemas.match_checker("visitor"), parse(body.encode())
     yield "  the schema", cpu(lambda token: check(value))
     yield "  the store in all", cpu(lambda token: store.register(token, visitor, fields))
-    yield "    lock, BEGIN, note, COMMIT of nothing", cpu(lambda token: database.write(lambda _: 0))
+    yield "    BEGIN and COMMIT of nothing", cpu(lambda token: database.write(lambda _: 0))
 
     def grouped(connection):
         batch = storage.VisitorStore(Batch(connection))

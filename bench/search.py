@@ -7,9 +7,11 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import storage
+from bench.pieces import Batch
 
 TERMS = {
     "everybody": ("", {}),
@@ -23,36 +25,22 @@ TERMS = {
 }
 
 
-def fill(path, visitors):
-    """Register visitors, many in a transaction, as a plain loop would take minutes."""
-    database = storage.Database(path)
-    store = storage.VisitorStore(database)
+def fill(database, visitors):
+    """Register visitors, many in a transaction, as one each would take minutes."""
 
-    class Batch:
-        def write(self, work):
-            return work(self.connection)
-
-    batch = Batch()
-    store._database = batch
-
-    def register(start):
-        def work(connection):
-            batch.connection = connection
-            for number in range(start, min(start + 10_000, visitors)):
-                given = {
-                    "name": f"Visitor {number} {'Émile' if number % 5 == 0 else 'Bob'}",
-                    "email": f"v{number}@example.org",
-                    "phone": f"+{number}",
-                }
-                field = {"key": "address", "value": f"{number} Main Street", "overwrite": True}
-                store.register(f"token-{number:032}", given, [field])
-
-        return work
+    def register(start, connection):
+        store = storage.VisitorStore(Batch(connection))
+        for number in range(start, min(start + 10_000, visitors)):
+            given = {
+                "name": f"Visitor {number} {'Émile' if number % 5 == 0 else 'Bob'}",
+                "email": f"v{number}@example.org",
+                "phone": f"+{number}",
+            }
+            field = {"key": "address", "value": f"{number} Main Street", "overwrite": True}
+            store.register(f"token-{number:032}", given, [field])
 
     for start in range(0, visitors, 10_000):
-        database.write(register(start))
-    store._database = database
-    return store
+        database.write(partial(register, start))
 
 
 def measure(call):
@@ -68,7 +56,9 @@ def main(visitors):
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "livechat.db")
         storage.prepare(path)
-        store = fill(path, visitors)
+        database = storage.Database(path)
+        fill(database, visitors)
+        store = storage.VisitorStore(database)
         print(f"{visitors} visitors, {Path(path).stat().st_size / visitors:.0f} bytes each; ms:")
         for name, (term, sort) in TERMS.items():
             found, total = store.search(term, sort, 0, 50)
@@ -76,6 +66,7 @@ def main(visitors):
             print(f"  {took:6.1f}  search: {name} ({len(found)} of {total})")
         id_ = store.search("", {}, 0, 1)[0][0]["_id"]
         print(f"  {measure(lambda: store.find_by_id(id_)):6.1f}  info: a visitor by _id")
+        database.close()
 
 
 if __name__ == "__main__":

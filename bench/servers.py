@@ -1,21 +1,19 @@
-"""What is measured: how each server is started, and what its database holds afterwards."""
+"""What is measured: how each server is started, what it uses, and what it has kept."""
 
 import contextlib
 import json
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from tests.server import ROOT, Server, wait_until
+from tests.server import BOUND, ROOT, Server, wait_until
 
 BUILD = ROOT / "build"  # on the same disk as the databases of who tries the service here
 SLOW_DISK = BUILD / "slowdisk.so"
-NODE = ROOT / "bench" / "peers" / "node_modules"
 COUNT = "SELECT count(*), count(DISTINCT token) FROM visitor"
 
 
@@ -29,36 +27,35 @@ class Kind:
     keeps: str = "rows"  # or "json", or nothing: ""
 
 
-CEILING = "gunicorn -c bench/gunicorn.conf.py -b 127.0.0.1:{port} bench.ceiling:app"
-FLASK = "gunicorn -c bench/gunicorn.conf.py -b 127.0.0.1:{port} --preload bench.peers.flask_app:app"
-FASTAPI = "uvicorn bench.peers.fast_app:app --port {port} --workers 2 --no-access-log"
-EXPRESS = "node bench/peers/express.js"
-JSON = (
-    "node bench/peers/node_modules/.bin/json-server --quiet --host 127.0.0.1 --port {port}"
-    " --routes bench/peers/routes.json {database}"
-)
 DISK = "on the disk"
+GUNICORN = "gunicorn -c bench/gunicorn.conf.py -b 127.0.0.1:{port}"
+NODE_SERVER = "node bench/peers/express.js"
 
-SERVICE, MATCHING, ONE_WORKER = "the service", "the service, matching all", "the service, 1 worker"
-ALONE, GTHREAD = "the service, a commit a request", "the service on gthread"
-CEILINGS = ("ceiling, sync", "ceiling, gthread")
-RAW = "raw apsw"
+SERVICE, MATCHING = "the service", "the service, matching all"
+ALONE = "the service, a commit per request"
+CEILING = "bare Falcon, gunicorn sync x2, no storage"
+FLASK, FASTAPI, JSON_SERVER = "Flask", "FastAPI", "json-server"
+EXPRESS, NORMAL = "Express, FULL", "Express, NORMAL"
+PEERS = (EXPRESS, NORMAL, FASTAPI, JSON_SERVER)  # those that are left out without --peers
 
 SERVERS = {
     SERVICE: Kind(DISK),
     MATCHING: Kind(DISK, environ={"LIVECHAT_MATCH": "token,phone,email"}),
-    ONE_WORKER: Kind(DISK, environ={"WEB_CONCURRENCY": "1"}),
-    GTHREAD: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k gthread --threads 16"}),
-    # A sync worker has one request at a time, so that no two can share a commit.
-    ALONE: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k sync"}),
-    CEILINGS[0]: Kind("nothing", f"{CEILING} -k sync", keeps=""),
-    CEILINGS[1]: Kind("nothing", f"{CEILING} -k gthread --threads 16", keeps=""),
-    RAW: Kind(DISK, f"{sys.executable} -m bench.ceiling {{database}} {{seconds}}"),
-    "Flask": Kind(DISK, FLASK),
-    "Express, FULL": Kind(DISK, EXPRESS, {"SYNCHRONOUS": "FULL"}),
-    "Express, NORMAL": Kind("a while before the disk", EXPRESS),
-    "FastAPI": Kind(DISK, FASTAPI),
-    "json-server": Kind("a while before the disk", JSON, keeps="json"),
+    # Without the event loop each write is a transaction of its own.
+    ALONE: Kind(DISK, environ={"GUNICORN_CMD_ARGS": "-k gthread --threads 1"}),
+    CEILING: Kind("nothing", f"{GUNICORN} bench.ceiling:app", keeps=""),
+    FLASK: Kind(DISK, f"{GUNICORN} --preload bench.peers.flask_app:app"),
+    EXPRESS: Kind(DISK, NODE_SERVER, {"SYNCHRONOUS": "FULL"}),
+    NORMAL: Kind("a while before the disk", NODE_SERVER),
+    FASTAPI: Kind(
+        DISK, "uvicorn bench.peers.fast_app:app --port {port} --workers 2 --no-access-log"
+    ),
+    JSON_SERVER: Kind(
+        "a while before the disk",
+        "node bench/peers/node_modules/.bin/json-server --quiet --host 127.0.0.1 --port {port}"
+        " --routes bench/peers/routes.json {database}",
+        keeps="json",
+    ),
 }
 
 
@@ -102,19 +99,42 @@ def answers(server):
     return status < 300 and "visitor" in answer
 
 
-def memory(server):
-    """Return MB of the largest worker of a server, and of all its processes, each page once."""
-    largest = total = 0
+def settle(server):
+    """Wait until a server has done what a load has left behind; raise `Void`."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=BOUND)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/nothing")
+            connection.getresponse().read()
+        except (OSError, HTTPException) as error:
+            raise Void(f"after the warm-up: {error!r}") from None
+
+
+def processes(server):
+    """Return the folders in /proc of all processes of a server."""
     ps = ["ps", "-o", "pid=", "-s", str(server.process.pid)]
-    pids = [int(pid) for pid in subprocess.run(ps, capture_output=True).stdout.split()]
-    for pid in pids:
+    pids = subprocess.run(ps, capture_output=True, text=True).stdout.split()
+    return [Path("/proc", pid) for pid in pids]
+
+
+def memory(server):
+    """Return the MB of all processes of a server; a page that several have counts once (PSS)."""
+    total = 0
+    for process in processes(server):
         with contextlib.suppress(OSError):  # one that has just ended
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-            sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-            if pid != server.process.pid or len(pids) == 1:
-                largest = max(largest, 1.024e-3 * sizes["Rss"])
-            total += 1.024e-3 * sizes["Pss"]
-    return largest, total
+            lines = (process / "smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total * 1.024e-3
+
+
+def cpu(server):
+    """Return the seconds of CPU that the threads of a server have used, of all its processes."""
+    total = 0
+    for process in processes(server):
+        for thread in process.glob("task/*/schedstat"):
+            with contextlib.suppress(OSError):
+                total += int(thread.read_text().split()[0])
+    return total / 1e9
 
 
 def stop(server, kind):
