@@ -179,7 +179,7 @@ class Pipelined(Exception):
     """A request that begins before the one ahead of it is answered."""
 
 
-NAMES = {b"content-type": "CONTENT_TYPE", b"content-length": None, b"transfer-encoding": None}
+FRAMING = (b"content-length", b"transfer-encoding")  # which the app gets as CONTENT_LENGTH
 REFUSAL_HEADERS = (
     ("Content-Type", "application/json"),
     ("Cache-Control", "no-store"),
@@ -205,7 +205,9 @@ class Connection(HttpToolsProtocol):
     most = 500  # connections at a time
     stopping = False  # whether this process is to end
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(  # type: ignore[override] # as uvicorn's own, it is never for datagrams
+        self, transport: asyncio.Transport
+    ) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
         self.request: Request | None = None
@@ -464,11 +466,11 @@ class Connection(HttpToolsProtocol):
             "wsgi.input": io.BytesIO(body),
         }
         for name, value in self.headers:
-            key = NAMES.get(name, name)
-            if key is None or b"_" in name:  # X_Forwarded_For would count as X-Forwarded-For
+            if name in FRAMING or b"_" in name:  # X_Forwarded_For would count as X-Forwarded-For
                 continue
-            if isinstance(key, bytes):
-                key = "HTTP_" + name.decode("latin-1").upper().replace("-", "_")
+            key = name.decode("latin-1").upper().replace("-", "_")
+            if key != "CONTENT_TYPE":
+                key = f"HTTP_{key}"
             text = value.decode("latin-1").strip(" \t")
             environ[key] = f"{environ[key]},{text}" if key in environ else text
         return environ

@@ -10,7 +10,6 @@ from ipaddress import IPv6Address, ip_address
 
 import falcon
 
-import storage
 from resources.errors import Refusal
 
 PREFIX = "/api/v1/livechat/"
@@ -24,7 +23,7 @@ class Calls:
     At most `MOST_KEYS` are counted in one window: a call of one more counts as its first one.
     """
 
-    def __init__(self, clock: Callable[[], int] = storage.milliseconds) -> None:
+    def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
         self._window: int | None = None
         self._counts: dict[bytes, int] = {}
