@@ -13,7 +13,7 @@ test: .venv/dev  ## run the tests; four at a time, as most of them wait
 	$(BIN)/pytest tests/test_hostile.py  # which measures CPU, and so is alone
 
 soak: .venv/dev  ## run the long versions of the tests of reliability, for some 15 minutes
-	$(BIN)/pytest --soak tests/test_database.py tests/test_faults.py tests/test_kills.py tests/test_manage.py tests/test_power.py tests/test_rate_limit.py
+	$(BIN)/pytest --soak tests/test_database.py tests/test_faults.py tests/test_import.py tests/test_kills.py tests/test_power.py tests/test_rate_limit.py
 
 test-clients: .venv/dev tests/clients/node_modules  ## run Rocket.Chat's JavaScript client, which needs Node.js
 	$(BIN)/python -m tests.clients

@@ -23,12 +23,8 @@ def _set_fields(
         raise bare_refusal("invalid-token") from None
     except storage.UnknownField:
         raise bare_refusal("invalid-custom-field") from None
-    except storage.TooManyFields:
-        error = f"must NOT have more than {storage.MAX_FIELDS} items [invalid-params]"
-        raise schemas.InvalidParams(error) from None
-    except storage.FieldsTooLarge:
-        error = f"must NOT have more than {storage.MAX_FIELDS_BYTES} bytes [invalid-params]"
-        raise schemas.InvalidParams(error) from None
+    except storage.OverLimit as limit:
+        raise schemas.ajv_limit(str(limit)) from None
 
 
 class CustomFieldResource:

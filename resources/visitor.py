@@ -26,7 +26,7 @@ def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, An
     token = visitor["token"]
     if not token.strip(_TRIMMED):
         raise refusal("error-invalid-token", method="livechat/visitor")
-    known = ("username", "name", "email", "phone", "department")
+    known = [field.column for field in storage.FIELDS if field.given]
     given = {key: visitor[key] for key in known if visitor.get(key)}
     if "email" in given:
         given["email"] = _email(given["email"])
@@ -61,16 +61,8 @@ class VisitorResource:
         body = read(req, self._check)
         try:
             visitor = self._store.register(**registration(body["visitor"], self._settings))
-        except storage.TooManyFields:
-            raise schemas.InvalidParams(
-                f"Match error: Expected at most {storage.MAX_FIELDS} items"
-                " in field visitor.customFields"
-            ) from None
-        except storage.FieldsTooLarge:
-            raise schemas.InvalidParams(
-                f"Match error: Expected at most {storage.MAX_FIELDS_BYTES} bytes"
-                " in field visitor.customFields"
-            ) from None
+        except storage.OverLimit as limit:
+            raise schemas.match_limit(str(limit), "visitor.customFields") from None
         resp.data = to_json({"visitor": visitor, "success": True})
 
 

@@ -46,6 +46,16 @@ def ajv_checker(name: str) -> Callable[[Any], None]:
     return _checker(_SchemaOrder, load(name), _ajv_error)
 
 
+def match_limit(limit: str, field: str) -> InvalidParams:
+    """Return the refusal of more than a `limit` such as "256 items", worded as `check` does."""
+    return InvalidParams(f"Match error: Expected at most {limit} in field {field}")
+
+
+def ajv_limit(limit: str) -> InvalidParams:
+    """Return the refusal of more than a `limit` such as "256 items", worded as Ajv does."""
+    return InvalidParams(f"must NOT have more than {limit} [invalid-params]")
+
+
 def _checker(
     validator_class: Any, schema: Mapping[str, Any], word: Callable[[ValidationError], str]
 ) -> Callable[[Any], None]:

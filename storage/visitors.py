@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import apsw
 
@@ -25,24 +25,49 @@ _USED = 256 - 256 % len(ID_ALPHABET)
 _CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
 _DROPPED = bytes(range(_USED, 256))
 
-COLUMNS = (
-    *("number", "id", "token", "username", "name", "email", "phone", "department"),
-    *("ts", "updated", "search", "fields"),
+MAX_INTEGER = 2**63 - 1  # of SQLite
+
+
+class Field(NamedTuple):
+    """One property of a visitor, and where it stands in the database and in an answer."""
+
+    column: str
+    key: str  # in an answer (contract, 2.4), and in an export
+    kind: Literal["text", "time", "custom fields"] = "text"
+    list_of: str = ""  # the key of the one object, where the answer has a list of objects
+    given: bool = True  # by a registration, as the column is called
+    required: bool = False  # in every visitor
+    searched: bool = False  # for a part of its text
+
+
+# Everything that is stored, answered, exported, imported and sent on follows from this table, in
+# the order of an answer. What a registration may give, and in which form, says visitor.json.
+FIELDS = (
+    Field("id", "_id", given=False, required=True),
+    Field("username", "username", required=True, searched=True),
+    Field("ts", "ts", kind="time", given=False, required=True),
+    Field("updated", "_updatedAt", kind="time", given=False, required=True),
+    Field("token", "token", given=False, required=True),
+    Field("name", "name", searched=True),
+    Field("phone", "phone", list_of="phoneNumber"),
+    Field("email", "visitorEmails", list_of="address"),
+    Field("department", "department"),
+    Field("fields", "livechatData", kind="custom fields", given=False),
 )
-SELECT = f"SELECT {', '.join(COLUMNS)} FROM visitor"
-INSERT = f"INSERT INTO visitor ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
-_UPDATE = """
-    UPDATE visitor SET token = :token, name = :name, email = :email, phone = :phone,
-        department = :department, updated = :updated, search = :search, fields = :fields
-    WHERE number = :number
-"""
-
-# Made once; json.dumps would make one for each visitor.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
+FOUND = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")  # keys, in a search
 # What a search may be sorted by, and the column it stands in.
 SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
-MAX_INTEGER = 2**63 - 1  # of SQLite
+
+COLUMNS = ("number", *(field.column for field in FIELDS), "search")
+SELECT = f"SELECT {', '.join(COLUMNS)} FROM visitor"
+INSERT = f"INSERT INTO visitor ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
+UPDATE = (
+    f"UPDATE visitor SET {', '.join(f'{column} = :{column}' for column in COLUMNS[1:])}"
+    " WHERE number = :number"
+)
+
+# Made once; json.dumps would make one for each visitor.
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class VisitorNotFound(Exception):
@@ -53,12 +78,8 @@ class UnknownField(Exception):
     """A custom field whose key is not configured, or none at all."""
 
 
-class TooManyFields(Exception):
-    """The visitor would have more than `MAX_FIELDS` custom fields."""
-
-
-class FieldsTooLarge(Exception):
-    """The visitor's custom fields would be larger than `MAX_FIELDS_BYTES`, and than before."""
+class OverLimit(Exception):
+    """The custom fields of a visitor would be too many or too large; the text is the limit."""
 
 
 def milliseconds() -> int:
@@ -104,13 +125,13 @@ class VisitorStore:
 
         `given` holds what the client gave of username, name, email, phone and department, no
         empty strings; `fields` are dicts of key, value and overwrite, unknown keys are skipped.
-        Return the visitor; raise `TooManyFields` or `FieldsTooLarge`.
+        Return the visitor; raise `OverLimit`.
         """
         fields = [field for field in fields if self._keeps(field["key"])]
 
         def work(connection: apsw.Connection) -> dict[str, Any]:
             visitor = self._meet(connection, token, given)
-            statement = _UPDATE if visitor else INSERT
+            statement = UPDATE if visitor else INSERT
             if visitor is None:
                 now = self._clock()
                 visitor = dict.fromkeys(COLUMNS) | {
@@ -129,14 +150,14 @@ class VisitorStore:
     def set_fields(self, token: str, fields: Collection[Mapping[str, Any]]) -> None:
         """Set custom fields, dicts of key, value and overwrite, of the visitor with that token.
 
-        Raise `VisitorNotFound`, `UnknownField`, `TooManyFields` or `FieldsTooLarge`, in this order.
+        Raise `VisitorNotFound`, `UnknownField` or `OverLimit`, in this order.
         """
 
         def work(connection: apsw.Connection) -> None:
             visitor = _one(connection, "token", token)
             if not fields or not all(self._keeps(field["key"]) for field in fields):
                 raise UnknownField
-            self._save(connection, _UPDATE, visitor, fields)
+            self._save(connection, UPDATE, visitor, fields)
 
         self._database.write(work)
 
@@ -180,7 +201,7 @@ class VisitorStore:
             size = 0
             for row in connection.execute(page, wanted):
                 visitor = _found(as_visitor(row))
-                size += len(_encode(visitor).encode())
+                size += len(encode(visitor).encode())
                 if found and size > MAX_PAGE_BYTES:
                     break
                 found.append(visitor)
@@ -226,20 +247,20 @@ class VisitorStore:
     ) -> dict[str, Any]:
         """Write a visitor with some custom fields; return it.
 
-        Raise `TooManyFields` or `FieldsTooLarge`.
+        Raise `OverLimit`.
         """
         held = visitor["fields"]
-        before = _encode(held) if visitor["number"] else ""
+        before = encode(held) if visitor["number"] else ""
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
         if len(held) > MAX_FIELDS:
-            raise TooManyFields
+            raise OverLimit(f"{MAX_FIELDS} items")
         visitor["updated"] = max(self._clock(), visitor["updated"])
         row = as_row(visitor)
         size = len(row["fields"].encode())
         if size > MAX_FIELDS_BYTES and size > len(before.encode()):
-            raise FieldsTooLarge
+            raise OverLimit(f"{MAX_FIELDS_BYTES} bytes")
         connection.execute(statement, row)
         return as_wire(visitor)
 
@@ -272,12 +293,9 @@ def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str
 def as_row(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return a visitor as its columns hold it."""
     held = visitor["fields"]
-    text = [visitor["name"] or "", visitor["username"], *held.values()]
-    return {
-        **{column: visitor[column] for column in COLUMNS},
-        "search": "\0".join(text).casefold(),
-        "fields": _encode(held),
-    }
+    texts = [visitor[field.column] or "" for field in FIELDS if field.searched]
+    search = "\0".join([*texts, *held.values()]).casefold()
+    return {**visitor, "search": search, "fields": encode(held)}
 
 
 def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
@@ -292,28 +310,21 @@ def _next_guest(connection: apsw.Connection) -> int:
 
 
 def as_wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as the contract answers it (2.4): what is not set is absent."""
-    shape = {
-        "_id": visitor["id"],
-        "username": visitor["username"],
-        "status": "online",
-        "ts": iso_date(visitor["ts"]),
-        "_updatedAt": iso_date(visitor["updated"]),
-        "token": visitor["token"],
-        "name": visitor["name"],
-        "phone": visitor["phone"] and [{"phoneNumber": visitor["phone"]}],
-        "visitorEmails": visitor["email"] and [{"address": visitor["email"]}],
-        "department": visitor["department"],
-        "livechatData": visitor["fields"],
-    }
-    return {key: value for key, value in shape.items() if value}
+    """Return a visitor as the contract answers it (2.4): what is not set is absent."""
+    wire: dict[str, Any] = {"_id": "", "username": "", "status": "online"}  # in their places
+    for field in FIELDS:
+        value = visitor[field.column]
+        if field.kind == "time":
+            value = iso_date(value)
+        if value:
+            wire[field.key] = [{field.list_of: value}] if field.list_of else value
+    return wire
 
 
 def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a search answers of a visitor."""
     wire = as_wire(visitor)
-    keys = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")
-    return {key: wire[key] for key in keys if key in wire}
+    return {key: wire[key] for key in FOUND if key in wire}
 
 
 @lru_cache(maxsize=256)  # visitors that are registered at one moment have the same dates

@@ -20,7 +20,7 @@ import apsw
 from greenlet import getcurrent, greenlet
 
 import storage
-from storage import maintenance
+from operate.database import snapshot
 from tests.server import ROOT
 
 NAME = "livechat.db"
@@ -274,7 +274,7 @@ class Run:
                 database.tidy(0)
 
         change(changes // 2, erasing=0.3)
-        with maintenance.snapshot(self.path):
+        with snapshot(self.path):
             change(changes // 4, erasing=0)  # which would wait for this reader
         change(changes // 4, erasing=0.3)
         if stop:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import PATH
+from tests.server import PATH
 
 REGISTER = b'{"visitor":{"token":"t"}}'
 

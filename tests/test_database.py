@@ -15,6 +15,8 @@ import pytest
 
 import storage
 from storage import database as module
+from tests.database import refused
+from tests.locks import LOCKS, held
 from tests.server import ROOT, wait_until
 
 
@@ -127,13 +129,6 @@ def test_only_what_registrations_are_matched_by_has_an_index(path):
     for match in (("token",), ("token", "phone"), ("token", "email"), ("token",)):
         storage.prepare(path, match)
         assert indexes() == {f"visitor_{column}" for column in match[1:]}
-
-
-def refused(path):
-    with pytest.raises(storage.PrepareError) as raised:
-        storage.prepare(path)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def test_a_folder_is_refused(tmp_path):
@@ -583,30 +578,6 @@ def test_threads_may_share_a_database(database):
         counts = list(pool.map(lambda _: database.read(count), range(80)))
     assert len({visitor["username"] for visitor in made}) == 80
     assert set(counts) == {80}
-
-
-LOCKS = {
-    "transaction": "import apsw; held = apsw.Connection(path); held.execute('BEGIN IMMEDIATE')",
-}
-OTHERS = {
-    "exclusive lock": "import apsw; held = apsw.Connection(path); "
-    "held.pragma('locking_mode', 'exclusive'); held.execute('UPDATE guest SET last = last')",
-    "older state": "import apsw; held = apsw.Connection(path); held.execute('BEGIN'); "
-    "held.execute('SELECT * FROM visitor').fetchall()",
-}
-
-
-@contextmanager
-def held(path, lock):
-    """Let another process hold a lock or read; yield a function that makes it let go."""
-    code = f"import sys; path = sys.argv[1]; {(LOCKS | OTHERS)[lock]}; print(flush=True); input()"
-    command = [sys.executable, "-c", code, path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout.readline() == b"\n"
-            yield lambda: process.communicate(b"\n")
-        finally:
-            process.kill()
 
 
 class Announced(storage.Waiting):

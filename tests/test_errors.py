@@ -7,7 +7,8 @@ import pytest
 
 from app import create_app
 from settings import Settings
-from tests.conftest import PATH, Service
+from tests.server import PATH
+from tests.service import Service
 
 NOT_FOUND = (
     '{"success":false,"error":"Resource not found [error-not-found]","errorType":"error-not-found"}'

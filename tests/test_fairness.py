@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.locks import held
 from tests.server import PATH, ROOT, wait_until
 from tests.slow import LARGE, Asking, fill, longest, wait_of_others
-from tests.test_database import held
 
 AGENT = "X-User-Id: agent\r\nX-Auth-Token: secret\r\n"
 CUSTOM_FIELD = "/api/v1/livechat/custom.field"

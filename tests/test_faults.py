@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.locks import held
 from tests.server import PATH, ROOT, Server, wait_until
 from tests.slow import WHOLE, longest, wait_of_others
-from tests.test_database import held
 
 TYPE = {"Content-Type": "application/json"}
 BODY = '{"visitor":{"token":"t%d"}}'

@@ -25,9 +25,9 @@ import storage
 from resources.body import parse
 from resources.errors import MAX_BODY
 from settings import MATCH_FORMS
-from tests.conftest import PATH, Service
-from tests.server import Server
-from tests.test_hostile import chunks, send_in_pieces
+from tests.server import PATH, Server
+from tests.service import Service
+from tests.wire import chunks, send_in_pieces
 
 API = "/api/v1/livechat"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -586,9 +586,9 @@ class StoreMachine(RuleBasedStateMachine):
             if field["overwrite"] or held.get(field["key"], "") == "":
                 held[field["key"]] = field["value"]
         if len(held) > 256:
-            return storage.TooManyFields
+            return storage.OverLimit
         if len(json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()) > 65_536:
-            return storage.FieldsTooLarge  # nobody has more from an earlier time here
+            return storage.OverLimit  # nobody has more from an earlier time here
         return held
 
     def wire(self, visitor):

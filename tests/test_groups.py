@@ -114,7 +114,7 @@ def test_a_write_that_fails_undoes_only_itself(database, at_once, groups):
     assert [type(one) for one in (failed, unknown, many)] == [
         ZeroDivisionError,
         storage.VisitorNotFound,
-        storage.TooManyFields,
+        storage.OverLimit,
     ]
     assert (a["username"], b["username"]) == ("guest-2", "guest-3")
     assert again["_id"] == a["_id"]

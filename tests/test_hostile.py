@@ -23,8 +23,9 @@ from urllib.parse import quote, unquote_to_bytes, urlencode
 import apsw
 import pytest
 
-from tests.conftest import PATH, Service
-from tests.server import Server, wait_until
+from tests.server import PATH, Server
+from tests.service import Service
+from tests.wire import chunks, pieces, send_in_pieces
 
 API = "/api/v1/livechat"
 JSON = {"Content-Type": "application/json"}
@@ -540,15 +541,6 @@ def chunked(chunks, headers="Content-Type: application/json\r\n"):
     """Return the bytes of a registration in chunks."""
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"
     return head.encode() + chunks
-
-
-def pieces(data, size):
-    return [data[start : start + size] for start in range(0, len(data), size)]
-
-
-def chunks(body, size):
-    parts = pieces(body, size)
-    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
 def wire(name, comes, raw, endless=b""):
@@ -1210,22 +1202,6 @@ def test_the_whole_table_leaves_the_worker_as_it_was(worker):
     assert worker.resident() < worker.memory + MEMORY
     # Of all of it one visitor was registered, and no refused registration has spent a number.
     assert worker.server.query("SELECT token, last FROM visitor, guest") == [["S3CRET", 2]]
-
-
-def unread(client):
-    """Return how many bytes of a client the server has not read yet; only Linux says it."""
-    if not LINUX:
-        return 0
-    ends = [f"0100007F:{end[1]:04X}" for end in (client.getpeername(), client.getsockname())]
-    lines = map(str.split, Path("/proc/net/tcp").read_text().splitlines())
-    return sum(int(line[4].partition(":")[2], 16) for line in lines if line[1:3] == ends)
-
-
-def send_in_pieces(client, parts):
-    """Send bytes in parts, each when the server has read the one before."""
-    for part in parts:
-        client.sendall(part)
-        wait_until(lambda: unread(client) == 0, "the server reads")
 
 
 def read_all(client):

@@ -10,7 +10,7 @@ import storage
 from app import create_app
 from settings import MATCH_FORMS, Settings
 from storage.visitors import random_id
-from tests.conftest import Service
+from tests.service import Service
 
 PHONE_FORMS = ["token,phone", "token,phone,email"]
 EMAIL_FORMS = ["token,email", "token,phone,email"]

@@ -6,13 +6,12 @@ tests/fixtures/version-1.db was written by the first version, and is never made 
 import json
 import shutil
 
-import apsw
 import pytest
 
 import storage
 from storage import migrations
+from tests.database import look, refused, version
 from tests.server import PATH, ROOT
-from tests.test_database import refused
 
 # What a version 2 and a version 3 may bring; a step may hold several statements.
 ADDED = (
@@ -33,19 +32,6 @@ def path(tmp_path):
 @pytest.fixture
 def steps(monkeypatch):
     return lambda *steps: monkeypatch.setattr(migrations, "STEPS", steps)
-
-
-def look(path, sql):
-    """Return the rows; the file is not in use."""
-    connection = apsw.Connection(str(path))
-    try:
-        return connection.execute(sql).fetchall()
-    finally:
-        connection.close()
-
-
-def version(path):
-    return look(path, "PRAGMA user_version")[0][0]
 
 
 def tables(path):

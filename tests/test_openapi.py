@@ -1,6 +1,6 @@
 """GET /api/openapi.json (contract, section 7): a description that cannot lie.
 
-Every answer that any test gets through WebTest is held against it too (tests/conftest.py).
+Every answer that any test gets through WebTest is held against it too (tests/service.py).
 """
 
 import json

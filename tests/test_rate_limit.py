@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from resources.rate_limit import Calls
-from tests.conftest import PATH
-from tests.server import wait_until
+from tests.server import PATH, wait_until
 
 REFUSED = (
     '{"success":false,"error":"Error, too many requests. Please slow down. You must wait %d seconds'

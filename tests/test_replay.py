@@ -13,11 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import manage
-import replay
 import storage
+from operate import rocketchat as replay
 from storage.database import ERASE_TIME
+from tests.database import files_of_a_database
+from tests.operating import FIELD, JOHN, spawn
 from tests.server import PATH, Server
-from tests.test_manage import FIELD, JOHN, files_of_a_database, spawn
 
 
 @pytest.fixture

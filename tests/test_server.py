@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.locks import held
 from tests.server import PATH, ROOT, is_running, wait_until
-from tests.test_database import held
 
 TYPE = "Content-Type: application/json\r\n"
 REGISTER = b'{"visitor":{"token":"t"}}'

@@ -4,7 +4,7 @@ import pytest
 
 import app
 from settings import VERSION, Settings
-from tests.conftest import PATH
+from tests.server import PATH
 
 READABLE = ["/", "/api/info", "/livez", "/health", "/readyz", "/api/openapi.json"]
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack, closing, suppress
 
 import pytest
 
+from tests.locks import held
 from tests.server import PATH, wait_until
 from tests.slow import ATTACKS, HEAD, WHOLE, Attack, fill, longest, wait_of_others
-from tests.test_database import held
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 TIMEOUT = (

@@ -12,9 +12,8 @@ import pytest
 
 import storage
 from storage.scrubber import scrub
-from tests.conftest import PATH
-from tests.server import ROOT, wait_until
-from tests.test_database import held
+from tests.locks import held
+from tests.server import PATH, ROOT, wait_until
 
 UNKNOWN = '{"success":false,"error":"[invalid-token]","errorType":"invalid-token"}'
 TOKENS = [
@@ -266,8 +265,8 @@ def test_an_erasure_while_another_program_reads_ends_with_the_first_write_after_
 def erase_and_be_killed(path):
     """Let a process erase a visitor, and end before it could take the bytes from the files."""
     code = (
-        "from pathlib import Path; from tests import conftest, test_visitor_by_token as test;"
-        "import os, sys; path = Path(sys.argv[1]); service = conftest.Service(path, {});"
+        "from pathlib import Path; from tests import service as app, test_visitor_by_token as test;"
+        "import os, sys; path = Path(sys.argv[1]); service = app.Service(path, {});"
         "test.erase_under_a_reader(service, path); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)

@@ -1,99 +1,75 @@
-"""Visitors on their way out of a database and into one: JSONL whole, CSV for spreadsheets."""
+"""`import`: read what `export` wrote as JSONL, into a new database too."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Generator, Iterator, Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 import apsw
 
+import storage
+from operate import Failed, bar
+from operate.database import in_turns, writable
+from operate.export import FORM
 from storage.database import Database
-from storage.maintenance import count, in_turns, last_guest
 from storage.migrations import newest
-from storage.visitors import (
-    COLUMNS,
-    INSERT,
-    MAX_FIELDS,
-    SELECT,
-    as_row,
-    as_visitor,
-    as_wire,
-    iso_date,
-)
+from storage.visitors import COLUMNS, FIELDS, INSERT, MAX_FIELDS, SELECT, Field, as_row, iso_date
 
-FORM = 1  # of the JSONL; its first line says which one it is
+ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
+EXAMPLE = "import visitors.jsonl"
 MAX_LINE = 2**24  # bytes; the largest visitor takes 7 MB
 MAX_NUMBER = 2**53  # of a visitor or a guest, so that the next ones have room
-MAX_COLUMNS = 16_384  # of a spreadsheet
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet may run begins so
 BATCH = 2**20  # bytes of lines that are read before they are written
 
-# Made once; json.dumps would make one for each visitor.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00Z")
 _MILLISECOND = timedelta(milliseconds=1)
-_TEXTS = {"_id": True, "username": True, "token": True, "name": False, "department": False}
-_KEYS = {*_TEXTS, "number", "ts", "_updatedAt", "phone", "visitorEmails", "livechatData", "status"}
-_FIXED = ("number", "_id", "username", "token", "name", "phone", "email", "department")
+_KEYS = {"number", "status", *(field.key for field in FIELDS)}
 
 
 class BadLine(Exception):
-    """A line that `lines` did not write: its number and what is wrong; no visitor's data."""
+    """A line that `export` did not write: its number and what is wrong; no visitor's data."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"line {number}: {reason}")
 
 
-def lines(connection: apsw.Connection, since: int = 0) -> Generator[bytes]:
-    """Yield a header and then, in order of creation, each visitor as a line of JSON.
-
-    It is as the contract answers it (2.4), with its number; of those that were last changed at
-    `since`, in milliseconds, or later.
-    """
-    header = {"livechat-visitors": FORM, "schema": newest()}
-    yield _line(header | {"guest": last_guest(connection), "visitors": count(connection, since)})
-    for visitor in visitors(connection, since):
-        yield _line({"number": visitor["number"], **as_wire(visitor)})
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("file", metavar="FILE", help="- is stdin")
 
 
-def rows(connection: apsw.Connection, since: int = 0) -> Generator[list[Any]]:
-    """Yield the names of the columns and then a row a visitor, safe to open in a spreadsheet.
-
-    There is a column for each custom field, from a pass of its own over the visitors.
-    Raise `ValueError` where these are more than a spreadsheet has.
-    """
-    keys: dict[str, None] = {}
-    for visitor in visitors(connection, since):
-        keys |= dict.fromkeys(visitor["fields"])
-        if len(keys) > MAX_COLUMNS - len(_FIXED) - 2:
-            raise ValueError("there are more custom fields than a spreadsheet has columns")
-    yield [*_FIXED, "ts", "_updatedAt", *(_cell(f"field:{key}") for key in keys)]
-    for visitor in visitors(connection, since):
-        texts = [_cell(visitor[column]) for column in ("id", *_FIXED[2:])]
-        dates = [iso_date(visitor[column]) for column in ("ts", "updated")]
-        fields = [_cell(visitor["fields"].get(key)) for key in keys]
-        yield [visitor["number"], *texts, *dates, *fields]
-
-
-def visitors(connection: apsw.Connection, since: int = 0) -> Generator[dict[str, Any]]:
-    """Yield each visitor that was last changed at `since`, in milliseconds, or later."""
-    sql = f"{SELECT} WHERE updated >= ? ORDER BY number"
-    yield from map(as_visitor, connection.execute(sql, (since,)))
+def run(args: argparse.Namespace, database: str) -> None:
+    """Read what `export` wrote as JSONL."""
+    tally: Counter[str] = Counter()
+    with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
+        try:
+            header = read_header(file)
+        except BadLine as error:
+            raise Failed(f"{args.file}, {error}") from None
+        if not os.path.lexists(database):
+            storage.prepare(database)  # on a new machine; its start adds what its settings ask for
+        with closing(writable(database)) as target:
+            progress = bar(total=header["visitors"])
+            try:
+                with closing(progress):
+                    for batch in load(target, header, file):
+                        tally.update(batch)
+                        progress.update(len(batch))
+            except BadLine as error:
+                raise Failed(f"{args.file}, {error}; before it: {words(tally)}") from None
+    print(f"imported {words(tally)}")
 
 
-def page(
-    database: Database, number: int, since: int = 0, size: int = 100
-) -> list[tuple[int, dict[str, Any]]]:
-    """Return number and visitor, as the contract answers it, of the next ones after `number`."""
-    sql = f"{SELECT} WHERE number > ? AND updated >= ? ORDER BY number LIMIT ?"
-
-    def work(connection: apsw.Connection) -> list[tuple[int, dict[str, Any]]]:
-        found = map(as_visitor, connection.execute(sql, (number, since, size)))
-        return [(visitor["number"], as_wire(visitor)) for visitor in found]
-
-    return database.scan(work)
+def words(tally: Counter[str]) -> str:
+    """Return in words what became of the visitors of an import."""
+    known = f"{tally['unchanged']} unchanged, {tally['kept']} kept as changed later here"
+    return f"{tally['new']} new, {tally['replaced']} replaced, {known}"
 
 
 def read_header(file: BinaryIO) -> dict[str, int]:
@@ -133,14 +109,6 @@ def load(database: Database, header: Mapping[str, int], file: BinaryIO) -> Itera
     yield from in_turns(database, batch, _put)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    return f"{_encode(record)}\n".encode()
-
-
-def _cell(text: str | None) -> str:
-    return f"'{text}" if text and text.startswith(FORMULA) else text or ""
-
-
 def _numbered(file: BinaryIO, visitors: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each line and its row; raise `BadLine`, also where the file breaks off."""
     last = visitors + 1  # with the header
@@ -174,31 +142,33 @@ def _row(line: bytes) -> dict[str, Any]:
     for key in record:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key[:64]!r}")
-    for key, required in _TEXTS.items():
-        if required or key in record:
-            _text(record.get(key), key)
-    visitor = {
-        **dict.fromkeys(COLUMNS),
-        **{key: record.get(key) for key in _TEXTS},
-        "id": record["_id"],
-        "number": _number(record.get("number"), "number", 1),
-        "ts": _milliseconds(record.get("ts"), "ts"),
-        "updated": _milliseconds(record.get("_updatedAt"), "_updatedAt"),
-        "phone": _only(record, "phone", "phoneNumber"),
-        "email": _only(record, "visitorEmails", "address"),
-        "fields": _fields(record.get("livechatData", {})),
-    }
+    visitor: dict[str, Any] = dict.fromkeys(COLUMNS)
+    visitor["number"] = _number(record.get("number"), "number", 1)
+    visitor["fields"] = {}
+    for field in FIELDS:
+        if field.required or field.key in record:
+            visitor[field.column] = _value(field, record.get(field.key))
     return as_row(visitor)
 
 
-def _text(value: Any, key: str) -> str:
-    """Return a text that the database takes and that no search stumbles over."""
+def _value(field: Field, value: Any) -> Any:
+    """Return what the database holds of what an export holds; raise `ValueError`."""
+    if field.kind == "time":
+        return _milliseconds(value, field.key)
+    if field.kind == "custom fields":
+        return _fields(value, field.key)
+    if field.list_of:
+        one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+        if not one or value[0].keys() != {field.list_of}:
+            raise ValueError(f'{field.key}: not [{{"{field.list_of}":"..."}}]')
+        value = value[0][field.list_of]
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{key}: not a text, or empty")
-    return _whole(value, key)
+        raise ValueError(f"{field.key}: not a text, or empty")
+    return _whole(value, field.key)
 
 
 def _whole(text: str, key: str) -> str:
+    """Return a text that the database takes and that no search stumbles over."""
     if "\0" in text:
         raise ValueError(f"{key}: with a NUL character")
     text.encode()
@@ -221,25 +191,14 @@ def _milliseconds(value: Any, key: str) -> int:
     return ms
 
 
-def _only(record: Mapping[str, Any], key: str, name: str) -> str | None:
-    """Return the one phone or email, which stands in a list with one object."""
-    if key not in record:
-        return None
-    value = record[key]
-    one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
-    if not one or value[0].keys() != {name}:
-        raise ValueError(f'{key}: not [{{"{name}":"..."}}]')
-    return _text(value[0][name], key)
-
-
-def _fields(value: Any) -> dict[str, str]:
+def _fields(value: Any, key: str) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > MAX_FIELDS:
-        raise ValueError(f"livechatData: not an object with {MAX_FIELDS} keys at most")
-    for key, text in value.items():
-        if not key or not isinstance(text, str):
-            raise ValueError("livechatData: an empty key, or a value that is no text")
-        _whole(key, "livechatData")
-        _whole(text, "livechatData")
+        raise ValueError(f"{key}: not an object with {MAX_FIELDS} keys at most")
+    for name, text in value.items():
+        if not name or not isinstance(text, str):
+            raise ValueError(f"{key}: an empty key, or a value that is no text")
+        _whole(name, key)
+        _whole(text, key)
     return value
 
 
@@ -260,7 +219,7 @@ def _put(connection: apsw.Connection, row: dict[str, Any]) -> str:
         there = at_number
     old = dict(zip(COLUMNS, there, strict=True))
     new = {**row, "number": old["number"]}
-    if new == old:
+    if all(new[column] == old[column] for column in COLUMNS if column != "search"):
         return "unchanged"
     if new["updated"] <= old["updated"]:
         return "kept"

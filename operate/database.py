@@ -1,4 +1,4 @@
-"""What is done to a database beside the service, without holding up its registrations for long."""
+"""Reads and writes beside the service, which hold up no registration for long."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import stat
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import apsw
 
+from operate import Failed
 from storage.database import (
-    APPLICATION_ID,
     Database,
     Unavailable,
     check_sizes,
     connect,
     describe,
-    pages_in_wal,
     transaction,
 )
 from storage.migrations import (
     PrepareError,
     check_found,
-    check_sqlite,
     newest,
     refusals,
     version_of,
 )
-from storage.visitors import iso_date
 
 SLICE = 0.02  # seconds that one of many write transactions takes
 PAUSE = 0.005  # seconds between two of them, in which others who wait to write can begin
@@ -123,56 +120,6 @@ def last_guest(connection: apsw.Connection) -> int:
     return int(connection.execute("SELECT last FROM guest").get)
 
 
-def purge(database: Database, until: int) -> Iterator[int]:
-    """Delete the visitors that were last changed before `until`, in milliseconds.
-
-    Yield after each transaction how many went; `forget` has to follow.
-    """
-    sql = "SELECT number FROM visitor WHERE number > ? AND updated < ? ORDER BY number LIMIT 1000"
-
-    def delete(connection: apsw.Connection, number: int) -> int:
-        where = "number = ? AND updated < ?"  # as a registration may have come in between
-        connection.execute(f"DELETE FROM visitor WHERE {where}", (number, until))
-        return connection.changes()
-
-    number = 0
-
-    def find(connection: apsw.Connection) -> list[int]:
-        return [found for (found,) in connection.execute(sql, (number, until))]
-
-    while numbers := database.read(find):
-        yield from map(sum, in_turns(database, numbers, delete))
-        number = numbers[-1]
-
-
-def erase_person(database: Database, who: str) -> list[dict[str, Any]]:
-    """Delete every visitor with that token, phone or email; `forget` has to follow.
-
-    Return of each the `_id`, both times and the number of custom fields.
-    """
-    where = "token = :who OR phone = :who OR email = :email"
-    given = {"who": who, "email": who.strip().lower()}
-    sql = f"SELECT number FROM visitor WHERE {where}"
-    returned = "id, ts, updated, (SELECT count(*) FROM json_each(fields))"
-
-    def find(connection: apsw.Connection) -> list[int]:
-        return [number for (number,) in connection.execute(sql, given)]
-
-    def delete(connection: apsw.Connection, number: int) -> tuple[Any, ...] | None:
-        statement = f"DELETE FROM visitor WHERE number = :number AND ({where}) RETURNING {returned}"
-        rows = connection.execute(statement, {**given, "number": number}).fetchall()
-        return rows[0] if rows else None
-
-    gone = []
-    while numbers := database.read(find):  # until none was registered in between
-        for batch in in_turns(database, numbers, delete):
-            gone += [row for row in batch if row]
-    return [
-        {"_id": id_, "ts": iso_date(ts), "_updatedAt": iso_date(updated), "fields": fields}
-        for id_, ts, updated, fields in gone
-    ]
-
-
 def forget(database: Database) -> bool:
     """Let all that was deleted be gone from the files; return whether it is.
 
@@ -187,59 +134,7 @@ def forget(database: Database) -> bool:
     return True
 
 
-def backup(path: str, copy: str) -> Iterator[tuple[int, int]]:
-    """Copy one state of the database over the empty file `copy`, and look the copy through.
-
-    Yield how many pages are copied, of how many. Raise `PrepareError` or `Unavailable`.
-    """
-    with snapshot(path, older=True) as source:
-        # It writes as a checkpoint does, so that what was erased is in no gap of a page.
-        with closing(connect(copy, checkpoints=True)) as target:
-            target.pragma("synchronous", "OFF")  # who calls this syncs the file
-            with target.backup("main", source, "main") as copying:
-                while not copying.done:
-                    copying.step(PAGES)
-                    yield copying.page_count - copying.remaining, copying.page_count
-            target.pragma("journal_mode", "DELETE")  # one file, and none beside it
-        with closing(connect(copy)) as target:
-            ours = target.pragma("application_id") == APPLICATION_ID
-            same = [count(one) for one in (source, target)]
-            if not ours or same[0] != same[1] or _problems(target):
-                raise Unavailable("the copy is not sound; check the database")
-
-
-def examine(path: str) -> dict[str, Any]:
-    """Return what there is to say about the database; raise `PrepareError` or `Unavailable`.
-
-    `problems` are those of the file, in SQLite's words; `sqlite` is "" where its version is sound;
-    sizes are in bytes, that of the WAL of the part in use.
-    """
-    try:
-        check_sqlite(apsw.sqlite_lib_version())
-        sqlite = ""
-    except PrepareError as error:
-        sqlite = str(error)
-    look(path)
-    disk = os.statvfs(os.path.dirname(path))
-    try:
-        with closing(connect(path)) as connection:
-            check_sizes(connection, path)
-            problems = _problems(connection)
-            return {
-                "problems": problems,
-                "version": connection.pragma("user_version"),
-                "newest": newest(),
-                "sqlite": sqlite,
-                "free": disk.f_bavail * disk.f_frsize,
-                "size": os.stat(path).st_size,
-                "wal": max(0, pages_in_wal(connection)) * connection.pragma("page_size"),
-                "visitors": 0 if problems else count(connection),
-            }
-    except apsw.Error as fault:
-        raise Unavailable(describe(fault)) from fault
-
-
-def _problems(connection: apsw.Connection) -> list[str]:
+def problems(connection: apsw.Connection) -> list[str]:
     """Return what SQLite finds wrong in the whole file, each in one line."""
     try:
         found = connection.execute("PRAGMA integrity_check(10)").fetchall()
@@ -272,3 +167,12 @@ def _mode(path: str) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     return mode
+
+
+def told(forgotten: bool) -> None:
+    """Raise `Failed` where the deleted bytes are still in the WAL."""
+    if not forgotten:
+        raise Failed(
+            "their bytes are still in the WAL, as another program reads an older state:"
+            " the running service takes them away after that, or run this again"
+        )

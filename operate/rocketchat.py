@@ -1,4 +1,4 @@
-"""Another server with the same API, and how to send it a visitor: the way up to Rocket.Chat."""
+"""Another server with the same API, and how to send it a visitor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+
+from storage.visitors import FIELDS
 
 PATH = "/api/v1/livechat/visitor"
 TIMEOUT = 30  # seconds for each answer
@@ -97,14 +99,14 @@ def bodies(visitor: Mapping[str, Any], guests: int) -> Iterator[dict[str, Any]]:
     A username that was made here, one of the first `guests`, is left out: the other server would
     give the same one to somebody else.
     """
-    given = {key: visitor[key] for key in ("token", "name", "department") if key in visitor}
-    if "phone" in visitor:
-        given["phone"] = visitor["phone"][0]["phoneNumber"]
-    if "visitorEmails" in visitor:
-        given["email"] = visitor["visitorEmails"][0]["address"]
+    given = {"token": visitor["token"]}
+    for known in FIELDS:
+        if known.given and known.key in visitor:
+            value = visitor[known.key]
+            given[known.column] = value[0][known.list_of] if known.list_of else value
     guest = re.fullmatch(r"guest-([0-9]{1,16})", visitor["username"])
-    if not guest or int(guest[1]) > guests:
-        given["username"] = visitor["username"]
+    if guest and int(guest[1]) <= guests:
+        del given["username"]
     fields: list[dict[str, Any]] = []
     size = _size(given)
     for key, value in visitor.get("livechatData", {}).items():
