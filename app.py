@@ -31,7 +31,7 @@ class Request(falcon.Request):
         super().__init__(env, options)
         if self.method not in falcon.HTTP_METHODS:
             self.method = "TRACE"
-        if self.path.startswith("//"):
+        if env["PATH_INFO"].startswith("//"):
             self.path = "/%2F"  # no route has it: falcon has decoded the path by now
 
 
@@ -97,14 +97,13 @@ def create_app(
         middleware.append(RateLimit(settings.rate_limit, settings.trusted_proxies, clock))
     middleware.append(BodyLimit())
     app = falcon.App(middleware=middleware, request_type=Request)
+    app.req_options.strip_url_path_trailing_slash = True  # a token keeps it: see visitor.py
     app.set_error_serializer(errors.serialize_error)
     app.add_error_handler(Exception, errors.answer_unforeseen)
     app.add_error_handler(schemas.InvalidParams, errors.refuse_params)
     app.add_error_handler(storage.Unavailable, errors.answer_unavailable)
     for path, resource in routes(store, settings).items():
         app.add_route(path, resource)
-        if not path.endswith(("/", ":path}")):  # a token may end in a slash
-            app.add_route(f"{path}/", resource)
     return app
 
 

@@ -299,11 +299,11 @@ class Connection(HttpToolsProtocol):
                 elif self.begun and not self.in_head:
                     raise refusal("error-incomplete-body") from None
                 else:
-                    raise invalid_request(f"The request is not valid HTTP: {error}") from None
+                    raise invalid_request("not HTTP", error) from None
             finally:
                 del reason  # or a cycle of the error and this frame would keep the piece in memory
         if not self.begun and self.size > MOST_EMPTY:
-            raise invalid_request("There are too many empty lines before the request")
+            raise invalid_request("empty lines")
         if self.in_head:
             self.check_head(self.size)
         elif self.size > LARGEST_CHUNKED and not self.whole:
@@ -325,7 +325,7 @@ class Connection(HttpToolsProtocol):
         if self.in_head:
             self.url += url
             if len(self.url) > LARGEST_LINE:
-                raise invalid_request(f"The request's URL is longer than {LARGEST_LINE} bytes", 414)
+                raise invalid_request("long URL", LARGEST_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:  # a trailer
@@ -333,16 +333,16 @@ class Connection(HttpToolsProtocol):
         size = len(name) + len(value) + 4
         self.parsed += size
         if size > LARGEST_LINE:
-            raise invalid_request(f"A header field is larger than {LARGEST_LINE} bytes", 431)
+            raise invalid_request("large field", LARGEST_LINE)
         if len(self.headers) == MOST_FIELDS:
-            raise invalid_request(f"The request has more than {MOST_FIELDS} header fields", 431)
+            raise invalid_request("many fields", MOST_FIELDS)
         self.check_head(self.parsed)
         self.headers.append((name.lower(), value))
 
     def check_head(self, size: int) -> None:
         """Raise `Refusal` for a head of so many bytes if that is too large."""
         if size > LARGEST_HEAD:
-            raise invalid_request(f"The request's head is larger than {LARGEST_HEAD} bytes", 431)
+            raise invalid_request("large head", LARGEST_HEAD)
 
     def on_headers_complete(self) -> None:
         if self.resuming:
@@ -371,22 +371,22 @@ class Connection(HttpToolsProtocol):
             names = [name for name, _ in self.headers]
             for name in (b"host", b"content-type", b"transfer-encoding", b"expect"):
                 if names.count(name) > 1:
-                    raise invalid_request(f"The request has two {name.decode().title()} headers")
+                    raise invalid_request("twice", name.decode().title())
         if self.version not in ("1.0", "1.1"):
-            raise invalid_request("The request's version of HTTP is neither 1.0 nor 1.1")
+            raise invalid_request("version")
         if b"host" not in fields and self.version == "1.1":
-            raise invalid_request("The request has no Host header")
+            raise invalid_request("no host")
         coding = fields.get(b"transfer-encoding", b"chunked").lower()
         if coding != b"chunked":
-            raise invalid_request("The request's Transfer-Encoding is not chunked", 501)
+            raise invalid_request("coding")
         if b"transfer-encoding" in fields and self.version == "1.0":
-            raise invalid_request("A request in HTTP/1.0 has a Transfer-Encoding")
+            raise invalid_request("coding in 1.0")
         if fields.get(b"expect", b"100-continue").strip().lower() != b"100-continue":
-            raise invalid_request("The request's Expect is not 100-continue", 417)
+            raise invalid_request("expect")
         try:
             self.parts = parse_url(self.url)
         except HttpParserError:
-            raise invalid_request("The request's URL is not valid") from None
+            raise invalid_request("URL") from None
 
     def on_body(self, body: bytes) -> None:
         if self.body is not None:

@@ -15,7 +15,7 @@ from operate import SINCE, Failed, bar, some
 from operate.database import count, last_guest, snapshot
 from operate.files import output
 from storage.migrations import newest
-from storage.visitors import FIELDS, SELECT, as_visitor, as_wire, encode, iso_date
+from storage.visitors import FIELDS, SELECT, as_visitor, as_wire, iso_date, to_json
 
 ABOUT = "write every visitor to a file"
 EXAMPLE = "export -o visitors.jsonl"
@@ -101,7 +101,7 @@ def visitors(connection: apsw.Connection, since: int = 0) -> Generator[dict[str,
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return f"{encode(record)}\n".encode()
+    return f"{to_json(record)}\n".encode()
 
 
 def _cell(text: str | None) -> str:

@@ -1,8 +1,7 @@
-"""The shape of an error, in one place (contract, section 1): errors are raised, never returned."""
+"""Every error that an answer can have: its status and text, its shape, and how it is logged."""
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from typing import Any
@@ -15,33 +14,53 @@ import storage
 MAX_BODY = 65_536  # bytes
 RETRY_AFTER = 5  # seconds
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-def to_json(value: Any) -> bytes:
-    """Return a value as every body has it: compact JSON in UTF-8."""
-    return _encode(value).encode()
-
-
 # A child of gunicorn's logger: the lines go where gunicorn's own go, in its format.
 log = logging.getLogger("gunicorn.error.livechat")
 
-# Every refusal that carries a type of its own: its status and what it says, by its type.
+# The refusals, by their type: the status and the text, which the type in brackets follows, as
+# Meteor has it. The wording of what a JSON schema refuses is in schemas/.
 REFUSALS = {
     "error-invalid-token": (400, "Token cannot be empty"),
     "error-invalid-email": (400, "Invalid email {email}"),
     "error-invalid-department": (400, "The provided department is invalid"),
+    "error-invalid-sort": (400, 'Invalid sort parameter provided: "{sort}"'),
     "error-invalid-json": (400, "The request body is not valid JSON"),
     "error-incomplete-body": (400, "The request body is incomplete"),
-    "error-invalid-request": (400, "The request is invalid"),
     "error-not-found": (404, "Resource not found"),
     "error-method-not-allowed": (405, "Method not allowed"),
     "error-request-timeout": (408, "The request did not come in time"),
     "error-body-too-large": (413, f"The request body is larger than {MAX_BODY} bytes"),
     "error-unsupported-media-type": (415, "The request body must be sent as application/json"),
+    "error-too-many-requests": (
+        429,
+        "Error, too many requests. Please slow down."
+        " You must wait {seconds} seconds before trying this endpoint again.",
+    ),
     "error-internal": (500, "Internal server error"),
     "error-database-unavailable": (503, "The visitor database is unavailable"),
 }
+# The refusals whose type is "error-invalid-request": what is not HTTP, or beyond a limit.
+INVALID_REQUESTS = {
+    "unknown": (400, "The request is invalid"),
+    "not HTTP": (400, "The request is not valid HTTP: {}"),
+    "empty lines": (400, "There are too many empty lines before the request"),
+    "no host": (400, "The request has no Host header"),
+    "twice": (400, "The request has two {} headers"),
+    "version": (400, "The request's version of HTTP is neither 1.0 nor 1.1"),
+    "URL": (400, "The request's URL is not valid"),
+    "coding in 1.0": (400, "A request in HTTP/1.0 has a Transfer-Encoding"),
+    "long URL": (414, "The request's URL is longer than {} bytes"),
+    "expect": (417, "The request's Expect is not 100-continue"),
+    "large field": (431, "A header field is larger than {} bytes"),
+    "many fields": (431, "The request has more than {} header fields"),
+    "large head": (431, "The request's head is larger than {} bytes"),
+    "coding": (501, "The request's Transfer-Encoding is not chunked"),
+}
+
+
+def to_json(value: Any) -> bytes:
+    """Return a value as every body has it: compact JSON in UTF-8."""
+    return storage.to_json(value).encode()
 
 
 class Refusal(falcon.HTTPError):
@@ -52,31 +71,43 @@ class Refusal(falcon.HTTPError):
         self.body = {"success": False, **body}
 
 
-def refusal(error_type: str, **details: str) -> Refusal:
-    """Return the refusal of that type, worded as Meteor does: with its type in brackets."""
-    status, reason = REFUSALS[error_type]
-    error = f"{reason.format(**details)} [{error_type}]"
-    more = {"details": details} if details else {}
-    return Refusal(status, {"error": error, "errorType": error_type, **more})
+def refusal(kind: str, details: dict[str, str] | None = None, **values: object) -> Refusal:
+    """Return the refusal of that type; `details` are answered, and both fill in its text."""
+    status, text = REFUSALS[kind]
+    error = f"{text.format(**(details or {}), **values)} [{kind}]"
+    shown = {"details": details} if details else {}
+    return Refusal(status, {"error": error, "errorType": kind, **shown})
 
 
-def invalid_request(reason: str, status: int = 400) -> Refusal:
-    """Return the refusal of what is not HTTP, or beyond a limit; `reason` quotes no data."""
+def invalid_request(rule: str, value: object = "") -> Refusal:
+    """Return the refusal of a request that breaks a rule of HTTP; `value` quotes no data."""
+    status, text = INVALID_REQUESTS[rule]
     kind = "error-invalid-request"
-    return Refusal(status, {"error": f"{reason} [{kind}]", "errorType": kind})
+    return Refusal(status, {"error": f"{text.format(value)} [{kind}]", "errorType": kind})
 
 
-def bare_refusal(error_type: str) -> Refusal:
+def bare_refusal(kind: str, error: str | None = None) -> Refusal:
     """Return a 400 that says its type and no more, as Rocket.Chat does for some."""
-    return Refusal(400, {"error": error_type, "errorType": error_type})
+    return Refusal(400, {"error": error or kind, "errorType": kind})
+
+
+def unknown_token() -> Refusal:
+    """Return the refusal of a token that no visitor has; custom fields have their own."""
+    return bare_refusal("invalid-token", "[invalid-token]")
+
+
+def unauthorized() -> Refusal:
+    """Return the 401, which has a shape of its own, as Rocket.Chat's has."""
+    error = "You must be logged in to do this."
+    return Refusal(401, {"error": error, "status": "error", "message": error})
 
 
 def serialize_error(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) -> None:
     """Give every error its body: JSON in one shape, whatever the client accepts."""
     if not isinstance(error, Refusal):  # falcon's own: unknown paths, wrong methods, bad headers
         types = {404: "error-not-found", 405: "error-method-not-allowed"}
-        status = falcon.http_status_to_code(error.status)
-        error = refusal(types.get(status, "error-invalid-request"))
+        kind = types.get(falcon.http_status_to_code(error.status))
+        error = refusal(kind) if kind else invalid_request("unknown")
     if error.status == 503:
         resp.set_header("Retry-After", str(RETRY_AFTER))
     resp.data = to_json(error.body)

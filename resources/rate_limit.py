@@ -10,7 +10,7 @@ from ipaddress import IPv6Address, ip_address
 
 import falcon
 
-from resources.errors import Refusal
+from resources.errors import refusal
 
 PREFIX = "/api/v1/livechat/"
 WINDOW = 60_000  # milliseconds
@@ -62,7 +62,7 @@ class RateLimit:
         params: dict[str, object],
     ) -> None:
         """Count the call of a route and method there is; raise its 429."""
-        route = (req.uri_template or "").rstrip("/")
+        route = req.uri_template or ""
         if not route.startswith(PREFIX) or not hasattr(resource, f"on_{req.method.lower()}"):
             return
         whose = f"{client(req, self._proxies)} {req.method} {route}".encode()
@@ -73,12 +73,7 @@ class RateLimit:
         if calls > self._limit:
             wait = max(1, -((self._clock() - end) // 1000))  # rounded up
             resp.set_header("Retry-After", str(wait))
-            kind = "error-too-many-requests"
-            error = (
-                "Error, too many requests. Please slow down."
-                f" You must wait {wait} seconds before trying this endpoint again. [{kind}]"
-            )
-            raise Refusal(429, {"error": error, "errorType": kind})
+            raise refusal("error-too-many-requests", seconds=wait)
 
 
 def client(req: falcon.Request, proxies: int) -> str:

@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import Refusal, refusal, to_json
+from resources.errors import refusal, to_json, unknown_token
 from settings import Settings
 
 # JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
@@ -25,7 +25,7 @@ def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, An
     """Return what `VisitorStore.register` takes, or raise the first refusal of contract 2.2."""
     token = visitor["token"]
     if not token.strip(_TRIMMED):
-        raise refusal("error-invalid-token", method="livechat/visitor")
+        raise refusal("error-invalid-token", {"method": "livechat/visitor"})
     known = [field.column for field in storage.FIELDS if field.given]
     given = {key: visitor[key] for key in known if visitor.get(key)}
     if "email" in given:
@@ -38,7 +38,8 @@ def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, An
 def _email(email: str) -> str:
     email = email.strip(_TRIMMED).lower()
     if not re.fullmatch("[^@]+@[^@]+", email):
-        raise refusal("error-invalid-email", function="Livechat.validateEmail", email=email)
+        details = {"function": "Livechat.validateEmail", "email": email}
+        raise refusal("error-invalid-email", details)
     return email
 
 
@@ -77,7 +78,7 @@ class VisitorByTokenResource:
         try:
             visitor = self._store.find(_token(req))
         except storage.VisitorNotFound:
-            raise invalid_token() from None
+            raise unknown_token() from None
         resp.data = to_json({"visitor": visitor, "success": True})
 
     on_head = on_get
@@ -87,7 +88,7 @@ class VisitorByTokenResource:
         try:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
-            raise invalid_token() from None
+            raise unknown_token() from None
         resp.data = to_json({"visitor": erased, "success": True})
 
 
@@ -99,11 +100,6 @@ def _token(req: falcon.Request) -> str:
     except UnicodeDecodeError:
         raise storage.VisitorNotFound from None
     return token
-
-
-def invalid_token() -> Refusal:
-    """Return the refusal of a token that no visitor has."""
-    return Refusal(400, {"error": "[invalid-token]", "errorType": "invalid-token"})
 
 
 class VisitorStatusResource:
@@ -119,5 +115,5 @@ class VisitorStatusResource:
         try:
             self._store.find(body["token"])
         except storage.VisitorNotFound:
-            raise invalid_token() from None
+            raise unknown_token() from None
         resp.data = to_json({"token": body["token"], "status": body["status"], "success": True})

@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import parse
-from resources.errors import Refusal, bare_refusal, to_json
+from resources.errors import bare_refusal, refusal, to_json, unauthorized
 from settings import Settings
 
 DEFAULT_COUNT = 50
@@ -29,8 +29,7 @@ def authenticate(req: falcon.Request, agent: tuple[str, str] | None) -> None:
         for one, other in zip(sent, wanted, strict=True)
     ]
     if agent is None or not all(same):
-        error = "You must be logged in to do this."
-        raise Refusal(401, {"error": error, "status": "error", "message": error})
+        raise unauthorized()
 
 
 class VisitorInfoResource:
@@ -109,7 +108,5 @@ def _sort(text: str) -> dict[str, int]:
             return dict(sort)
     except (AttributeError, ValueError, RecursionError):
         pass
-    kind = "error-invalid-sort"
-    error = f'Invalid sort parameter provided: "{text[: schemas.QUOTED]}" [{kind}]'
     details = {"helperMethod": "parseJsonQuery"}
-    raise Refusal(400, {"error": error, "errorType": kind, "details": details})
+    raise refusal("error-invalid-sort", details, sort=text[: schemas.QUOTED])

@@ -11,6 +11,7 @@ from storage.visitors import (
     VisitorNotFound,
     VisitorStore,
     milliseconds,
+    to_json,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "identity",
     "milliseconds",
     "prepare",
+    "to_json",
 ]

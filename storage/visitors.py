@@ -66,8 +66,8 @@ UPDATE = (
     " WHERE number = :number"
 )
 
-# Made once; json.dumps would make one for each visitor.
-encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# Returns compact JSON. Made once; json.dumps would make an encoder for each value.
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class VisitorNotFound(Exception):
@@ -201,7 +201,7 @@ class VisitorStore:
             size = 0
             for row in connection.execute(page, wanted):
                 visitor = _found(as_visitor(row))
-                size += len(encode(visitor).encode())
+                size += len(to_json(visitor).encode())
                 if found and size > MAX_PAGE_BYTES:
                     break
                 found.append(visitor)
@@ -250,7 +250,7 @@ class VisitorStore:
         Raise `OverLimit`.
         """
         held = visitor["fields"]
-        before = encode(held) if visitor["number"] else ""
+        before = to_json(held) if visitor["number"] else ""
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
@@ -295,7 +295,7 @@ def as_row(visitor: Mapping[str, Any]) -> dict[str, Any]:
     held = visitor["fields"]
     texts = [visitor[field.column] or "" for field in FIELDS if field.searched]
     search = "\0".join([*texts, *held.values()]).casefold()
-    return {**visitor, "search": search, "fields": encode(held)}
+    return {**visitor, "search": search, "fields": to_json(held)}
 
 
 def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
