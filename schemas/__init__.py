@@ -35,7 +35,7 @@ def match_checker(name: str) -> Callable[[Any], None]:
 
     The first is the one that the client sent first; worded as Meteor's `check` does.
     """
-    return _checker(_ClientOrder, load(name), _match_error)
+    return _checker(_client_order(), load(name), _match_error)
 
 
 def ajv_checker(name: str) -> Callable[[Any], None]:
@@ -69,46 +69,6 @@ def _checker(
             raise InvalidParams(word(error))
 
     return check
-
-
-def _properties(
-    validator: Any, properties: Mapping[str, Any], instance: Any, schema: Mapping[str, Any]
-) -> Iterator[ValidationError]:
-    """Check the keys in the order in which the client sent them, unknown ones in their turn."""
-    if not isinstance(instance, dict):
-        return
-    for key, value in instance.items():
-        if key in properties:
-            yield from _descend(validator, properties[key], value, key)
-        elif schema.get("additionalProperties") is False:
-            yield ValidationError("", validator="additionalProperties", path=(key[:QUOTED],))
-
-
-def _items(
-    validator: Any, items: Mapping[str, Any], instance: Any, _schema: Mapping[str, Any]
-) -> Iterator[ValidationError]:
-    """Check the items of an array, each alike."""
-    if isinstance(instance, list):
-        for index, value in enumerate(instance):
-            yield from _descend(validator, items, value, index)
-
-
-# The validators of the schemas within a schema, which each keeps, by its id: jsonschema would make
-# one for each value, which is half of the cost of a check.
-_within: dict[int, Any] = {}
-
-
-def _descend(
-    validator: Any, schema: Mapping[str, Any], value: Any, step: int | str
-) -> tuple[ValidationError, ...]:
-    """Return the first error of a value within another one; nobody asks for a second."""
-    within = _within.get(id(schema))
-    if within is None:
-        within = _within[id(schema)] = validator.evolve(schema=schema)
-    for error in within.iter_errors(value):
-        error.path.appendleft(step)
-        return (error,)
-    return ()
 
 
 def _type(_validator: Any, wanted: str, instance: Any, _schema: Any) -> Errors:
@@ -149,14 +109,45 @@ _SchemaOrder = _extend(
     Draft202012Validator,
     {"type": _type, "required": _required, "maxLength": _max_length, "pattern": _pattern},
 )
-_ClientOrder = _extend(
-    _SchemaOrder,
-    {
-        "properties": _properties,
-        "items": _items,
-        "additionalProperties": lambda *_: (),  # which `_properties` looks at, in their turn
-    },
-)
+
+
+def _client_order() -> Any:
+    """Return a class of validators that look at keys in the order in which the client sent them."""
+    # The validators of the schemas within a schema, by their id: jsonschema would make one for
+    # each value, which is half of the cost of a check.
+    within: dict[int, Any] = {}
+
+    def descend(validator: Any, schema: Any, value: Any, step: int | str) -> Errors:
+        """Return the first error of a value within another one; nobody asks for a second."""
+        if id(schema) not in within:
+            within[id(schema)] = validator.evolve(schema=schema)
+        for error in within[id(schema)].iter_errors(value):
+            error.path.appendleft(step)
+            return (error,)
+        return ()
+
+    def properties(
+        validator: Any, known: Mapping[str, Any], instance: Any, schema: Mapping[str, Any]
+    ) -> Iterator[ValidationError]:
+        """Check the keys, unknown ones in their turn."""
+        for key, value in instance.items() if isinstance(instance, dict) else ():
+            if key in known:
+                yield from descend(validator, known[key], value, key)
+            elif schema.get("additionalProperties") is False:
+                yield ValidationError("", validator="additionalProperties", path=(key[:QUOTED],))
+
+    def items(validator: Any, each: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+        """Check the items of an array, each alike."""
+        for index, value in enumerate(instance if isinstance(instance, list) else ()):
+            yield from descend(validator, each, value, index)
+
+    keywords = {
+        "properties": properties,
+        "items": items,
+        "additionalProperties": lambda *_: (),  # which `properties` looks at
+    }
+    return _extend(_SchemaOrder, keywords)
+
 
 # What a refusal says, by keyword. jsonschema's own message quotes the data, and is never used.
 _MATCH = {
