@@ -25,6 +25,7 @@ CROWDED = 4000  # pages in the WAL from which on it is to be emptied, as for an 
 ERASE_TIME = 2.0  # seconds that an erasure waits for those who read an older state
 ERASE_RETRY = 0.02  # seconds between two tries meanwhile
 IN_VAIN = 40.0  # seconds after a wait in vain in which no erasure waits again
+FRAME = 24  # bytes before each page in the WAL: sqlite.org/fileformat2.html, 4.1
 SMALL = 2**22  # bytes of a database, some 20,000 visitors, that takes 10 ms to look through
 
 T = TypeVar("T")
@@ -217,7 +218,7 @@ class Database:
         self._scanner, self._checkpointer = Handle(TIMEOUT), Handle(checkpoints=True)
         self._handles = (self._writer, self._reader, self._scanner, self._checkpointer)
         self._opening = threading.Lock()
-        self._frame = 0  # bytes of a page in the WAL, with its header
+        self._page_size = 0  # bytes
         self._pages = 0  # in the WAL after the last commit
         self._checkpointed = 0  # pages that were in it at the last checkpoint
         self._erasure_due = True  # as a process that ended may have left one
@@ -314,8 +315,9 @@ class Database:
                 held.callback(handle.release)
             with suppress(FileNotFoundError):
                 now, _ = look_at(self.path)
+                before = self._files
                 # Not where one was moved away, and may be put back.
-                if self._files and now[:2] == self._files[:2]:
+                if before and (now.database, now.wal) == (before.database, before.wal):
                     merge_on_close(self._checkpointer.connection)
             for handle in self._handles:  # the one that checkpoints last
                 handle.close()
@@ -441,7 +443,9 @@ class Database:
             with self._opening:
                 connection = self._open(handle)
         # Another program may have emptied the WAL since; else somebody has cut it.
-        if bytes_in_wal < self._pages * self._frame and not wal_is_whole(connection, self.path):
+        if bytes_in_wal < self._pages * (FRAME + self._page_size) and not wal_is_whole(
+            connection, self.path
+        ):
             raise apsw.IOError(f"{self.path}-wal was cut: restart the service")
         return connection
 
@@ -462,7 +466,7 @@ class Database:
             )
         if now.length < before.length:  # as after a VACUUM, or else somebody has cut it
             pages = held.connection.pragma("page_count") if held.connection else 2**32
-            if now.length < pages * (self._frame - 24):
+            if now.length < pages * self._page_size:
                 raise apsw.CorruptError(f"{self.path} was cut")
         if before.shm not in (NONE, now.shm):
             # All connections of a process to one file share an index of the WAL.
@@ -492,7 +496,7 @@ class Database:
             check_sizes(connection, self.path)
             self._files, _ = look_at(self.path)
             self._identity = self._files.database
-            self._frame = 24 + connection.pragma("page_size")  # sqlite.org/fileformat2.html, 4.1
+            self._page_size = connection.pragma("page_size")
             connection.set_busy_timeout(int(1000 * handle.seconds))
         except BaseException:
             connection.close()
@@ -590,7 +594,7 @@ def check_sizes(connection: apsw.Connection, path: str) -> None:
 
 def wal_is_whole(connection: apsw.Connection, path: str) -> bool:
     """Return whether the WAL at `path` is as long as its index says: nobody has cut it."""
-    frame = 24 + connection.pragma("page_size")
+    frame = FRAME + connection.pragma("page_size")
     # Three looks, as another process may empty it and write to it between the two halves of one.
     return any(_look(f"{path}-wal")[1] >= pages_in_wal(connection) * frame for _ in range(3))
 
