@@ -100,6 +100,7 @@ def create_app(
     app.req_options.strip_url_path_trailing_slash = True  # a token keeps it: see visitor.py
     app.set_error_serializer(errors.serialize_error)
     app.add_error_handler(Exception, errors.answer_unforeseen)
+    app.add_error_handler(falcon.HTTPMethodNotAllowed, errors.answer_wrong_method)
     app.add_error_handler(schemas.InvalidParams, errors.refuse_params)
     app.add_error_handler(storage.Unavailable, errors.answer_unavailable)
     for path, resource in routes(store, settings).items():

@@ -13,6 +13,7 @@ import falcon
 from resources.errors import MAX_BODY, refusal
 
 MAX_NESTING = 100  # levels of arrays and objects, the body itself is the first
+TOO_DEEP = f"nested deeper than {MAX_NESTING} levels"
 MAX_DOUBLE_DIGITS = 309  # an integer of more digits is beyond any double
 
 
@@ -36,14 +37,14 @@ def read(req: falcon.Request, check: Callable[[Any], None]) -> Any:
     data, complete = _receive(req)
     if len(data) > MAX_BODY:
         raise refusal("error-body-too-large")
-    if (data or not complete) and not _is_json(req):
-        raise refusal("error-unsupported-media-type")
+    if data or not complete:
+        _check_type(req)
     if not complete:
         raise refusal("error-incomplete-body")
     try:
         body = parse(data) if data else {}
-    except (ValueError, RecursionError):
-        raise refusal("error-invalid-json") from None
+    except ValueError as reason:
+        raise refusal("error-invalid-json", reason=reason) from None
     check(body)
     return body
 
@@ -65,22 +66,42 @@ def _receive(req: falcon.Request) -> tuple[bytes, bool]:
     return data, announced is None or len(data) == announced
 
 
-def _is_json(req: falcon.Request) -> bool:
-    media_type = (req.content_type or "*/*").partition(";")[0].strip().lower()
-    encoded = req.get_header("Content-Encoding")
-    return media_type in ("application/json", "*/*") and not encoded
+def _check_type(req: falcon.Request) -> None:
+    """Raise 415 for what is not plain JSON."""
+    if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
+        raise refusal("error-unsupported-media-type", rule="be sent as application/json")
+    if (req.get_header("Content-Encoding") or "identity").strip().lower() != "identity":
+        raise refusal("error-unsupported-media-type", rule="not be compressed or encoded")
 
 
 def parse(data: bytes) -> Any:
-    """Return the JSON value; raise ValueError or RecursionError where it is not strict JSON."""
-    text = data.decode()
-    value = _decode(text)
+    """Return the value of a JSON text, which may begin with a byte order mark.
+
+    Raise `ValueError`, which says what is not strict JSON and where, and quotes no data.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    try:
+        value = _decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     # Both look at the text and not at the value, where a key that stands twice has hidden one.
-    if any(_LONE_SURROGATE.findall(text)) or _nesting(text) > MAX_NESTING:
-        raise ValueError
+    if any(_LONE_SURROGATE.findall(text)):
+        raise ValueError("half a surrogate pair")
+    if _nesting(text) > MAX_NESTING:
+        raise ValueError(TOO_DEEP)
     return value
 
 
+class _Constant(Exception):
+    """NaN or Infinity, which Python takes for JSON; the decoder does not tell where it stands."""
+
+
+_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity', re.DOTALL)
 # The escapes of a JSON text in turn; the group is there where half a surrogate pair stands alone.
 _LONE_SURROGATE = re.compile(
     r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u([dD][89a-fA-F]..)|.)", re.DOTALL
@@ -100,8 +121,16 @@ def _parse_int(digits: str) -> int | float:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    raise _Constant
 
 
 # Made once; json.loads would make one for each body.
-_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_parse_int).decode
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_parse_int)
+
+
+def _decode(text: str) -> Any:
+    try:
+        return _decoder.decode(text)
+    except _Constant:
+        found = (match for match in _CONSTANT.finditer(text) if match[0][0] != '"')
+        raise json.JSONDecodeError("", text, next(found).start()) from None

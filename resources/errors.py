@@ -24,13 +24,13 @@ REFUSALS = {
     "error-invalid-email": (400, "Invalid email {email}"),
     "error-invalid-department": (400, "The provided department is invalid"),
     "error-invalid-sort": (400, 'Invalid sort parameter provided: "{sort}"'),
-    "error-invalid-json": (400, "The request body is not valid JSON"),
+    "error-invalid-json": (400, "The request body is not valid JSON: {reason}"),
     "error-incomplete-body": (400, "The request body is incomplete"),
     "error-not-found": (404, "Resource not found"),
     "error-method-not-allowed": (405, "Method not allowed"),
     "error-request-timeout": (408, "The request did not come in time"),
     "error-body-too-large": (413, f"The request body is larger than {MAX_BODY} bytes"),
-    "error-unsupported-media-type": (415, "The request body must be sent as application/json"),
+    "error-unsupported-media-type": (415, "The request body must {rule}"),
     "error-too-many-requests": (
         429,
         "Error, too many requests. Please slow down."
@@ -111,6 +111,15 @@ def serialize_error(req: falcon.Request, resp: falcon.Response, error: falcon.HT
     if error.status == 503:
         resp.set_header("Retry-After", str(RETRY_AFTER))
     resp.data = to_json(error.body)
+
+
+def answer_wrong_method(
+    req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: dict[str, Any]
+) -> None:
+    """Answer 405; but 404 to a POST below `visitor/`, as Rocket.Chat has no such path."""
+    if req.method == "POST" and "token" in params:
+        raise refusal("error-not-found")
+    raise error
 
 
 def refuse_params(

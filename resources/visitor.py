@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import refusal, to_json, unknown_token
+from resources.errors import Refusal, refusal, to_json, unknown_token
 from settings import Settings
 
 # JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
@@ -78,7 +78,7 @@ class VisitorByTokenResource:
         try:
             visitor = self._store.find(_token(req))
         except storage.VisitorNotFound:
-            raise unknown_token() from None
+            raise _unknown(req) from None
         resp.data = to_json({"visitor": visitor, "success": True})
 
     on_head = on_get
@@ -88,18 +88,30 @@ class VisitorByTokenResource:
         try:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
-            raise unknown_token() from None
+            raise _unknown(req) from None
         resp.data = to_json({"visitor": erased, "success": True})
 
 
-def _token(req: falcon.Request) -> str:
-    """Return the token of the path, slashes included; falcon's would have U+FFFD for bad UTF-8."""
+def _raw_token(req: falcon.Request) -> bytes:
+    """Return all of the path behind `visitor/`, where falcon has stripped a slash."""
     path = req.env["PATH_INFO"].encode("latin-1")  # as PEP 3333 hands bytes over
+    return bytes(path.partition(b"/livechat/visitor/")[2])
+
+
+def _token(req: falcon.Request) -> str:
+    """Return the token of the path; falcon's would have U+FFFD for bytes that are not UTF-8."""
     try:
-        token: str = path.partition(b"/livechat/visitor/")[2].decode()
+        return _raw_token(req).decode()
     except UnicodeDecodeError:
         raise storage.VisitorNotFound from None
-    return token
+
+
+def _unknown(req: falcon.Request) -> Refusal:
+    """Return the refusal of an unknown token: with a slash it is an unknown path.
+
+    WSGI does not tell a slash of the path from an encoded one, which is part of a token.
+    """
+    return refusal("error-not-found") if b"/" in _raw_token(req) else unknown_token()
 
 
 class VisitorStatusResource:

@@ -69,6 +69,7 @@ class VisitorSearchResource:
         query: dict[str, Any] = {
             key: _number(value) if key in ("count", "offset") else value
             for key, value in req.params.items()
+            if value or key not in ("count", "offset")  # an empty one is its default
         }
         self._check(query)
         count = min(int(min(query.get("count", 0), MAX_COUNT)) or DEFAULT_COUNT, MAX_COUNT)
@@ -92,21 +93,18 @@ def _number(text: str | list[str]) -> Any:
     """Return the number that `text` is in JSON, else `text`, which the schema then refuses."""
     try:
         number = parse(str(text).encode())
-    except (ValueError, RecursionError):
+    except ValueError:
         return text
     return number if isinstance(number, int | float) and not isinstance(number, bool) else text
 
 
 def _sort(text: str) -> dict[str, int]:
-    """Return the keys to sort by, each with 1 or -1; raise the refusal of anything else."""
+    """Return the keys to sort by that we have, each with 1 or -1; raise a refusal."""
     try:
         sort = parse(text.encode()) if text else {}
-        if all(
-            key in storage.SORTABLE and type(way) in (int, float) and way in (1, -1)
-            for key, way in sort.items()
-        ):
-            return dict(sort)
-    except (AttributeError, ValueError, RecursionError):
+        if all(type(way) in (int, float) and way in (1, -1) for way in sort.values()):
+            return {key: sort[key] for key in sort if key in storage.SORTABLE}
+    except (AttributeError, ValueError):
         pass
     details = {"helperMethod": "parseJsonQuery"}
     raise refusal("error-invalid-sort", details, sort=text[: schemas.QUOTED])

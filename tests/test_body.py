@@ -12,6 +12,44 @@ def test_a_surrogate_pair_is_one_character(service):
     assert answer.json["visitor"]["token"] == "\U0001f600"
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"visitor":{"token":"S3CRET\xff"}}', "not UTF-8"),
+        (b'{"visitor":{"token":"\\ud800S3CRET"}}', "half a surrogate pair"),
+        (b'{\n\n"visi\xc3\xa9": S3CRET}', "line 3, column 10"),
+        (b'{"NaN":\n  NaN}', "line 2, column 3"),
+        (b'{"Infinity\\"":1,"a":-Infinity}', "line 1, column 21"),
+        (b"\xef\xbb\xbf{]", "line 1, column 2"),
+        (b" ", "line 1, column 2"),
+        (b"[" * 101 + b"]" * 101, "nested deeper than 100 levels"),
+        (b'{"a":' * 12_000, "nested deeper than 100 levels"),
+    ],
+)
+def test_what_is_no_json_is_told_what_is_wrong_and_where(service, body, reason):
+    wanted = error(f"The request body is not valid JSON: {reason}", "error-invalid-json")
+    assert service.refused(body) == wanted
+
+
+@pytest.mark.parametrize("media_type", [None, "", "*/*", "text/plain", "application/jsonp"])
+def test_only_application_json_is_taken_for_json(service, media_type):
+    answer = service.post(REGISTER, content_type=media_type)
+    assert (answer.status_int, answer.text) == (415, OTHER_TYPE)
+    empty = service.post(b"", content_type=media_type)
+    assert (empty.status_int, "Missing key 'visitor'" in empty.text) == (400, True)
+
+
+def test_a_body_that_is_compressed_or_encoded_is_told_so(service):
+    answer = service.post(REGISTER, **{"Content-Encoding": "gzip"})
+    reason = "The request body must not be compressed or encoded"
+    assert answer.text == error(reason, "error-unsupported-media-type")
+    assert service.post(REGISTER, **{"Content-Encoding": "identity"}).status_int == 200
+
+
+def test_a_byte_order_mark_is_skipped(service):
+    assert service.post(b"\xef\xbb\xbf" + REGISTER).status_int == 200
+
+
 class Input:
     """What another server than ours gives the app to read: some bytes, and then an end of a kind.
 

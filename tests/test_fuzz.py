@@ -278,7 +278,7 @@ FORMS = re.compile(
     r"|must NOT have additional properties|must NOT have more than (\d{2,4} characters|64 items)"
     r"|must NOT have fewer than 1 characters|must NOT contain NUL characters) \[invalid-params\]"
     r"|Token cannot be empty \[error-invalid-token\]|Invalid email .{0,260} \[error-invalid-email\]"
-    r"|\[?invalid-token\]?|The request body is not valid JSON \[error-invalid-json\]",
+    r"|\[?invalid-token\]?|The request body is not valid JSON: [a-zA-Z0-9 ,-]+ \[error-invalid-json\]",
     re.DOTALL,
 )
 

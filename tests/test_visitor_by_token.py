@@ -15,6 +15,9 @@ from storage.scrubber import scrub
 from tests.locks import held
 from tests.server import PATH, ROOT, wait_until
 
+NOT_FOUND = (
+    '{"success":false,"error":"Resource not found [error-not-found]","errorType":"error-not-found"}'
+)
 UNKNOWN = '{"success":false,"error":"[invalid-token]","errorType":"invalid-token"}'
 TOKENS = [
     "867ad6a09fc4af29f6f1f2a9cf1deaba",
@@ -66,9 +69,10 @@ def test_any_token_is_read_and_erased(service, token):
     id_ = registered["_id"]
     expected = f'{{"visitor":{{"_id":"{id_}","ts":"2022-06-29T06:05:02.392Z"}},"success":true}}'
     assert (answer.status_int, answer.text) == (200, expected)
+    unknown = (404, NOT_FOUND) if "/" in token else (400, UNKNOWN)
     for method in ("GET", "DELETE"):
         answer = request(service, method, token)
-        assert (answer.status_int, answer.text) == (400, UNKNOWN)
+        assert (answer.status_int, answer.text) == unknown
     assert request(service, "GET", "other").json["visitor"] == other
 
 
@@ -94,9 +98,7 @@ def test_a_literal_trailing_question_mark_is_harmless(service):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
-@pytest.mark.parametrize(
-    "encoded", ["unknown", "%ff", "%ed%a0%80", "a%00", "%00", "a/", "A", "%20a"]
-)
+@pytest.mark.parametrize("encoded", ["unknown", "%ff", "%ed%a0%80", "a%00", "%00", "A", "%20a"])
 def test_an_unknown_token_is_refused(service, method, encoded):
     service.register("a")
     service.register("\ufffd")
@@ -104,6 +106,25 @@ def test_an_unknown_token_is_refused(service, method, encoded):
     answer = request(service, method, "", encoded)
     assert (answer.status_int, answer.text) == (400, "" if method == "HEAD" else UNKNOWN)
     assert service.content() == before
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
+@pytest.mark.parametrize("encoded", ["a/", "a/room", "a%2Froom", "%ff/", "/"])
+def test_an_unknown_token_with_a_slash_is_an_unknown_path(service, method, encoded):
+    service.register("a")
+    before = service.content()
+    answer = request(service, method, "", encoded)
+    assert (answer.status_int, answer.text) == (404, "" if method == "HEAD" else NOT_FOUND)
+    assert service.content() == before
+
+
+@pytest.mark.parametrize("encoded", ["a", "a/room"])
+def test_there_is_nothing_to_post_to_below_the_path_of_registrations(service, encoded):
+    service.register("a")
+    answer = request(service, "POST", "", encoded)
+    assert (answer.status_int, answer.text) == (404, NOT_FOUND)
+    answer = request(service, "PUT", "", encoded)
+    assert (answer.status_int, answer.headers["Allow"]) == (405, "DELETE, GET, HEAD, OPTIONS")
 
 
 def test_an_empty_token_is_the_path_of_registrations(service):

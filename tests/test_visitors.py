@@ -99,7 +99,7 @@ def test_an_unknown_id_is_not_found(service, id_):
     )
 
 
-BAD_NUMBERS = ["", "x", "1x", "0x10", "NaN", "Infinity", "1_0", "true", "null", "%5B%5D", "%2B1"]
+BAD_NUMBERS = ["x", "1x", "0x10", "NaN", "Infinity", "1_0", "true", "null", "%5B%5D", "%2B1"]
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,14 @@ def test_the_parameters_of_search_are_checked(service, query, error):
         "[]",
         "null",
         '"name"',
-        '{"token":1}',
+        '{"token":"1"}',
         '{"name":2}',
         '{"name":0}',
         '{"name":"1"}',
         '{"name":true}',
         '{"name":null}',
-        '{"name":1,"x":1}',
+        '{"name":1,"x":0}',
         '{"name":NaN}',
-        '{"name; DROP TABLE visitor":1}',
         "é" * 100,
         "[" * 5000,
     ],
@@ -226,10 +225,13 @@ def test_an_answer_has_the_contracts_keys_in_their_order(people):
     assert list(bob) == ["_id", "username", "name", "livechatData"]
 
 
+SORTED = [None, "100% _sure_", "Bob", "Émile Zola"]  # by name
+
+
 @pytest.mark.parametrize(
     ("sort", "found"),
     [
-        ({"name": 1}, [None, "100% _sure_", "Bob", "Émile Zola"]),
+        ({"name": 1}, SORTED),
         ({"name": -1}, ["Émile Zola", "Bob", "100% _sure_", None]),
         ({"username": 1}, ["Émile Zola", "100% _sure_", "Bob", None]),
         ({"ts": 1}, ["Émile Zola", "100% _sure_", None, "Bob"]),
@@ -237,6 +239,8 @@ def test_an_answer_has_the_contracts_keys_in_their_order(people):
         ({"_updatedAt": -1}, [None, "Bob", "100% _sure_", "Émile Zola"]),
         ({"name": 1.0}, [None, "100% _sure_", "Bob", "Émile Zola"]),
         ({}, [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ({"lastChat.ts": -1}, [None, "Bob", "100% _sure_", "Émile Zola"]),
+        ({"token": 1, "name": 1, "name; DROP TABLE visitor": -1}, SORTED),
         ("", [None, "Bob", "100% _sure_", "Émile Zola"]),
     ],
 )
@@ -251,6 +255,7 @@ def test_pages_of_50_unless_asked_of_100_at_most(service):
     for query, start, length in [
         ({}, 0, 50),
         ({"count": "0"}, 0, 50),
+        ({"count": "", "offset": ""}, 0, 50),
         ({"count": "0.9"}, 0, 50),
         ({"count": "7"}, 0, 7),
         ({"count": "7.9"}, 0, 7),
