@@ -16,7 +16,7 @@ from resources import custom_fields, errors, service, visitor, visitors
 from resources.body import BodyLimit
 from resources.errors import log
 from resources.rate_limit import RateLimit
-from settings import SettingError, Settings
+from settings import VERSION, SettingError, Settings
 
 
 class Request(falcon.Request):
@@ -72,7 +72,7 @@ def routes(store: storage.VisitorStore, settings: Settings) -> dict[str, object]
         "/health": service.FixedResource(service.ALIVE),
         "/readyz": service.ReadyResource(store),
         "/api/info": service.FixedResource(service.INFO),
-        "/api/openapi.json": service.FixedResource(service.openapi()),
+        "/api/openapi.json": service.FixedResource(schemas.openapi(VERSION)),
         "/api/v1/livechat/visitor": visitor.VisitorResource(store, settings),
         "/api/v1/livechat/visitor/{token:path}": visitor.VisitorByTokenResource(store),
         "/api/v1/livechat/visitor.status": visitor.VisitorStatusResource(store),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
 from typing import Any
 
 import falcon
 
-import schemas
 import storage
 from resources.errors import RETRY_AFTER, log_unavailable, to_json
 from settings import VERSION
@@ -59,12 +56,3 @@ class ReadyResource:
         resp.data = to_json({"status": status, "checks": {"database": {"status": status}}})
 
     on_head = on_get
-
-
-def openapi() -> dict[str, Any]:
-    """Return the OpenAPI document; its request bodies are the schema files themselves."""
-    document: dict[str, Any] = json.loads(files(__package__).joinpath("openapi.json").read_bytes())
-    document["info"]["version"] = VERSION
-    for name in ("visitor", "visitor.status", "custom.field", "custom.fields"):
-        document["components"]["schemas"][name] = schemas.load(name)
-    return document

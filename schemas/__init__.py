@@ -30,6 +30,34 @@ def load(name: str) -> dict[str, Any]:
     return schema
 
 
+def openapi(version: str) -> dict[str, Any]:
+    """Return the OpenAPI document of a version of the service.
+
+    `openapi.json` says only once, as `x-common`, what many answers have: the headers of every
+    answer, those of every answer of a route with a rate limit (one that can answer 429), and the
+    answers that the server gives on every route before the route is looked at.
+    """
+    document = load("openapi")
+    document["info"]["version"] = version
+    for name in ("visitor", "visitor.status", "custom.field", "custom.fields"):
+        document["components"]["schemas"][name] = load(name)
+    common = document.pop("x-common")
+    answers = document["components"]["responses"]
+    named = {f"#/components/responses/{name}": answer for name, answer in answers.items()}
+    every = list(named.values())
+    for path in document["paths"].values():
+        for operation in (part for key, part in path.items() if key != "parameters"):
+            responses = operation["responses"]
+            own = [named.get(answer.get("$ref"), answer) for answer in responses.values()]
+            for answer in own if "429" in responses else ():
+                answer["headers"] = common["limited"] | answer.get("headers", {})
+            operation["responses"] = dict(sorted((responses | common["responses"]).items()))
+            every += own
+    for answer in every:
+        answer["headers"] = common["headers"] | answer.get("headers", {})
+    return document
+
+
 def match_checker(name: str) -> Callable[[Any], None]:
     """Return a function that raises `InvalidParams` for the first fault of a JSON value.
 

@@ -1,4 +1,7 @@
-"""The OpenAPI document as a judge: what it describes, and whether an answer is as described."""
+"""The OpenAPI document as a judge: what it describes, and whether an answer is as described.
+
+`python -m tests.openapi` puts schemas/openapi.json into its format.
+"""
 
 import json
 import re
@@ -7,9 +10,12 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from resources.service import openapi
+import schemas
+from settings import VERSION
+from tests.server import ROOT
 
-DOCUMENT = openapi()
+FILE = ROOT / "schemas" / "openapi.json"
+DOCUMENT = schemas.openapi(VERSION)
 METHODS = ("get", "post", "delete")
 _REGISTRY = Registry().with_resource(
     "urn:openapi", Resource(contents=DOCUMENT, specification=DRAFT202012)
@@ -63,3 +69,34 @@ def check(method, path, status, headers, body):
     assert headers["Content-Type"] == "application/json"
     if method != "HEAD":
         validator(described["content"]["application/json"]["schema"]).validate(body)
+
+
+def formatted(value, indent="", around=1):
+    """Return JSON of a value in as few lines of 100 characters as it takes to see its structure.
+
+    What fits stands on one line, and so do its neighbours; what is the only one in its container
+    shares the lines of its brackets. `around` is what else stands on the value's first line.
+    """
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(indent) + around + len(line) <= 100:
+        return line
+    opening, closing = line[0], line[-1]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    keys = [f"{json.dumps(key)}: " if isinstance(value, dict) else "" for key, _ in items]
+    values = list(value.values()) if isinstance(value, dict) else value
+    if len(values) == 1:
+        inside = formatted(values[0], indent, around + len(opening + keys[0] + closing))
+        return f"{opening}{keys[0]}{inside}{closing}"
+    deeper, lines = f"{indent}  ", []
+    for key, one in zip(keys, values, strict=True):
+        part = key + formatted(one, deeper, len(key) + 1)
+        together = f"{lines[-1]}, {part}" if lines else "\n"
+        if "\n" in together or len(deeper + together) + 1 > 100:
+            lines.append(part)
+        else:
+            lines[-1] = together
+    return f"{opening}\n{deeper}" + f",\n{deeper}".join(lines) + f"\n{indent}{closing}"
+
+
+if __name__ == "__main__":
+    FILE.write_text(formatted(json.loads(FILE.read_text())) + "\n")

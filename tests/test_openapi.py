@@ -27,6 +27,11 @@ def service(make_service):
     return make_service(LIVECHAT_AGENT="agent:secret")
 
 
+def test_the_file_is_in_its_format():
+    text = openapi.FILE.read_text()
+    assert text == openapi.formatted(json.loads(text)) + "\n", "run python -m tests.openapi"
+
+
 def test_the_routes_and_the_described_paths_are_the_same(service):
     described = {
         path: {method for other, method, _ in OPERATIONS if other == path}
@@ -99,7 +104,7 @@ def test_every_example_of_an_answer_is_as_described():
         for response in operation["responses"].values():
             content = openapi.resolve(response)["content"]["application/json"]
             for example in content.get("examples", {}).values():
-                openapi.validator(content["schema"]).validate(example["value"])
+                openapi.validator(content["schema"]).validate(openapi.resolve(example)["value"])
                 seen += 1
     assert seen > 50
 
