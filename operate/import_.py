@@ -19,7 +19,17 @@ from operate.database import in_turns, writable
 from operate.export import FORM
 from storage.database import Database
 from storage.migrations import newest
-from storage.visitors import COLUMNS, FIELDS, INSERT, MAX_FIELDS, SELECT, Field, as_row, iso_date
+from storage.visitors import (
+    COLUMNS,
+    DERIVED,
+    FIELDS,
+    INSERT,
+    MAX_FIELDS,
+    SELECT,
+    Field,
+    as_row,
+    iso_date,
+)
 
 ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
 EXAMPLE = "import visitors.jsonl"
@@ -219,7 +229,7 @@ def _put(connection: apsw.Connection, row: dict[str, Any]) -> str:
         there = at_number
     old = dict(zip(COLUMNS, there, strict=True))
     new = {**row, "number": old["number"]}
-    if all(new[column] == old[column] for column in COLUMNS if column != "search"):
+    if all(new[column] == old[column] for column in COLUMNS if column not in DERIVED):
         return "unchanged"
     if new["updated"] <= old["updated"]:
         return "kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
@@ -27,10 +28,20 @@ from storage.database import (
     merge_on_close,
     transaction,
 )
+from storage.visitors import phone_digits, search_text
 
 # What upgrades a file of version 1 to version 2, and so on: SQL that only adds, because in the
 # minute of a deploy the old code works on the new file. schema.sql is the whole newest version.
-STEPS: tuple[str, ...] = ()
+# It may call `search_text` and `phone_digits` of visitors.py.
+STEPS: tuple[str, ...] = (
+    # 2: texts are compared as Unicode has it, and phones by their digits
+    """
+    ALTER TABLE visitor ADD COLUMN digits TEXT;
+    UPDATE visitor SET
+        digits = phone_digits(phone),
+        search = search_text(username, coalesce(name, ''), fields);
+    """,
+)
 
 
 class PrepareError(Exception):
@@ -194,6 +205,13 @@ def _create(connection: apsw.Connection, path: str) -> bool:
 
 def _upgrade(connection: apsw.Connection, path: str) -> None:
     """Take the steps that the file has not taken, each in one transaction with its version."""
+
+    def text_of(username: Any, name: Any, fields: Any) -> str:
+        return search_text(username, name, *json.loads(fields).values())
+
+    functions: dict[str, Any] = {"search_text": text_of, "phone_digits": phone_digits}
+    for name, function in functions.items():
+        connection.create_scalar_function(name, function)
     for number, step in enumerate(STEPS, 2):
         if version_of(connection, path) >= number:
             continue

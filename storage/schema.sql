@@ -1,4 +1,4 @@
--- Version 1 of the schema (PRAGMA user_version says which one a file has).
+-- Version 2 of the schema (PRAGMA user_version says which one a file has).
 -- Changes are additive: for a minute of a deploy the old code works on the new file.
 
 CREATE TABLE visitor (
@@ -12,8 +12,9 @@ CREATE TABLE visitor (
     department  TEXT,
     ts          INTEGER NOT NULL,      -- creation, milliseconds since 1970
     updated     INTEGER NOT NULL,      -- last write, never going back
-    search      TEXT    NOT NULL,      -- name, username and the fields' values, casefolded, NUL between
-    fields      TEXT    NOT NULL       -- custom fields: a JSON object of strings, in order of creation
+    search      TEXT    NOT NULL,      -- what a search looks into: storage.visitors.search_text
+    fields      TEXT    NOT NULL,      -- custom fields: a JSON object of strings, in order of creation
+    digits      TEXT                   -- of the phone
 ) STRICT;
 
 -- One row: the last number given to a guest. It outlives the visitors, so no number is used twice.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -58,7 +60,8 @@ FOUND = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")  #
 # What a search may be sorted by, and the column it stands in.
 SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
 
-COLUMNS = ("number", *(field.column for field in FIELDS), "search")
+DERIVED = ("search", "digits")  # columns that follow from the others
+COLUMNS = ("number", *(field.column for field in FIELDS), *DERIVED)
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM visitor"
 INSERT = f"INSERT INTO visitor ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
 UPDATE = (
@@ -174,20 +177,23 @@ class VisitorStore:
     ) -> tuple[list[dict[str, Any]], int]:
         """Return a page of the visitors that `term` finds, and the number of all of them.
 
-        `term` is a whole email or phone, or a part of name, username or a custom field's value;
-        "" is everybody. `sort` maps keys of `SORTABLE` to 1 or -1; the newest come first. The page
-        ends early where it would be larger than `MAX_PAGE_BYTES`.
+        `term` is a whole email, a whole phone by its digits, or a part of name, username or a
+        custom field's value, as `fold` compares them; "" is everybody. `sort` maps keys of
+        `SORTABLE` to 1 or -1; the newest come first. The page ends early where it would be larger
+        than `MAX_PAGE_BYTES`.
         """
         keys = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
         order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
-        where = "email = :email OR phone = :phone OR instr(search, :part)" if term else "true"
+        where = "email = :email OR phone = :phone OR digits = :digits OR instr(search, :part)"
+        where = where if term else "true"
         # Numbers alone are sorted, as whole rows would be copied about.
         numbers = f"SELECT number FROM visitor WHERE {where} {order} LIMIT :count OFFSET :offset"
         page = f"{SELECT} WHERE number IN ({numbers}) {order}"
         wanted = {
             "email": term.lower(),
             "phone": term,
-            "part": term.casefold(),
+            "digits": phone_digits(term),
+            "part": fold(term),
             "count": count,
             "offset": offset,
         }
@@ -294,8 +300,32 @@ def as_row(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return a visitor as its columns hold it."""
     held = visitor["fields"]
     texts = [visitor[field.column] or "" for field in FIELDS if field.searched]
-    search = "\0".join([*texts, *held.values()]).casefold()
-    return {**visitor, "search": search, "fields": to_json(held)}
+    return {
+        **visitor,
+        "search": search_text(*texts, *held.values()),
+        "digits": phone_digits(visitor["phone"]),
+        "fields": to_json(held),
+    }
+
+
+def search_text(*texts: str) -> str:
+    """Return texts in the form in which a search compares their parts, with NUL in between."""
+    return fold("\0".join(texts))
+
+
+def fold(text: str) -> str:
+    """Return a text in the form in which two that look alike are equal, letter case aside."""
+    if text.isascii():
+        return text.lower()
+    # Unicode's NFKC and full case folding; which leaves the dot of a Turkish capital I.
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", folded).replace("i\u0307", "i")
+
+
+def phone_digits(text: str | None) -> str | None:
+    """Return the digits of a phone however it is written; None for what is no phone."""
+    text = unicodedata.normalize("NFKC", text or "")
+    return re.sub(r"\D", "", text) or None if re.fullmatch(r"[\d\s+()./-]+", text) else None
 
 
 def as_visitor(row: Iterable[Any]) -> dict[str, Any]:

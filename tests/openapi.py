@@ -58,7 +58,7 @@ def find(method, path):
 def check(method, path, status, headers, body):
     """Raise where the answer to a described request is not as described."""
     operation = find(method, path)
-    if operation is None or status == 404 and "404" not in operation["responses"]:
+    if operation is None or (status == 404 and "404" not in operation["responses"]):
         return
     described = resolve(operation["responses"][str(status)])
     for name, header in described["headers"].items():

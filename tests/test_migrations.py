@@ -80,6 +80,18 @@ def test_today_is_the_first_version_with_its_steps(path, tmp_path):
     assert version(path) == version(tmp_path / "new.db") == migrations.newest()
 
 
+def test_visitors_of_the_first_version_are_found_as_those_of_today(path, make_service):
+    service = make_service(path)
+    store = storage.VisitorStore(service.database)
+    for term in ("372 6578 3468", "zoe\u0308", "GUEST-2"):
+        before = store.search(term, {}, 0, 10)
+        assert before[1] > 0
+        for visitor in store.search("", {}, 0, 100)[0]:
+            token = store.find_by_id(visitor["_id"])["token"]
+            store.register(token, {})  # which writes what is searched anew
+        assert store.search(term, {}, 0, 10) == before
+
+
 def test_every_step_is_taken_once_and_keeps_every_visitor(path, steps):
     before = look(path, "SELECT * FROM visitor")
     steps(*ADDED)

@@ -225,6 +225,45 @@ def test_an_answer_has_the_contracts_keys_in_their_order(people):
     assert list(bob) == ["_id", "username", "name", "livechatData"]
 
 
+@pytest.mark.parametrize(
+    ("term", "found"),
+    [
+        ("jose\u0301", ["jose\u0301", "JOS\u00c9"]),
+        ("jos\u00e9", ["jose\u0301", "JOS\u00c9"]),
+        ("istanbul", ["\u0130STANBUL", "istanbul"]),
+        ("\u0130stanbul", ["\u0130STANBUL", "istanbul"]),
+        ("strasse", ["Stra\u00dfe"]),
+        ("STRA\u00dfE", ["Stra\u00dfe"]),
+        ("\uff21\uff22", ["ab"]),
+        ("ab", ["ab"]),
+    ],
+)
+def test_texts_that_look_alike_are_found(service, term, found):
+    names = ["jose\u0301", "JOS\u00c9", "\u0130STANBUL", "istanbul", "Stra\u00dfe", "ab"]
+    for name in names:
+        service.register(name, name=name)
+    assert sorted(v["name"] for v in search(service, term=term)["visitors"]) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("term", "found"),
+    [
+        ("+37265783468", 2),
+        ("37265783468", 2),
+        ("+372 (6578) 34-68", 2),
+        ("\uff13\uff17\uff12 65783468", 2),
+        ("3726578346", 0),
+        ("x37265783468", 0),
+        ("call 1", 1),
+        ("1", 0),
+    ],
+)
+def test_a_phone_is_found_by_its_digits_however_it_is_written(service, term, found):
+    for phone in ("+37265783468", "00 1", "+372 6578-3468", "call 1"):
+        service.register(phone, phone=phone, username="kim.jane")
+    assert search(service, term=term)["total"] == found
+
+
 SORTED = [None, "100% _sure_", "Bob", "Émile Zola"]  # by name
 
 
