@@ -70,7 +70,7 @@ def test_the_log_has_a_line_a_request_and_nothing_of_the_client(make_server, arg
     server = make_server(GUNICORN_CMD_ARGS=arguments).wait()
     server.register("secret", name="secret", email="secret@example.org")
     server.request("GET", "/secret?secret", headers={"User-Agent": "secret", "Referer": "secret"})
-    server.request("POST", f"{PATH}?secret", b'{"secret": 1}')
+    server.request("POST", f"{PATH}?secret", b'{"secret": 1}', {"Content-Type": "application/json"})
     server.request("DELETE", f"{PATH}/secret")
     server.raw(b"SECRET /secret HTTP/1.1\r\nHost: x\r\n\r\n")
     server.raw(b"GET /secret HTTP/9\r\n\r\n")
