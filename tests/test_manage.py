@@ -159,9 +159,12 @@ def test_each_command_has_help_with_an_example(command, capsys):
     assert f"example: python manage.py {command}" in capsys.readouterr().out
 
 
-def test_a_setting_that_cannot_be_meant_is_one_line(run, monkeypatch):
+def test_an_invalid_setting_is_one_line(run, monkeypatch):
     monkeypatch.setenv("LIVECHAT_DB", "")
-    assert run("check") == (1, "", "check: LIVECHAT_DB: the name is empty\n")
+    status, out, err = run("check")
+    assert (status, out) == (1, "")
+    assert err.startswith("check: LIVECHAT_DB: '' is empty; it has to be the path of a file")
+    assert err.count("\n") == 1
 
 
 def test_the_bar_is_for_terminals_alone(path, fill):
