@@ -6,19 +6,24 @@ from storage.visitors import (
     FIELDS,
     MAX_INTEGER,
     SORTABLE,
+    WHITE_SPACE,
+    InvalidEmail,
     OverLimit,
     UnknownField,
     VisitorNotFound,
     VisitorStore,
     milliseconds,
+    normalize_email,
 )
 
 __all__ = [
     "FIELDS",
     "MAX_INTEGER",
     "SORTABLE",
+    "WHITE_SPACE",
     "Database",
     "Identity",
+    "InvalidEmail",
     "OverLimit",
     "PendingWrite",
     "PrepareError",
@@ -29,5 +34,6 @@ __all__ = [
     "Waiting",
     "identity",
     "milliseconds",
+    "normalize_email",
     "prepare",
 ]
