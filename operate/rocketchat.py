@@ -18,7 +18,7 @@ from operate import Failed
 from storage.visitors import FIELDS, encode
 
 PATH = "/api/v1/livechat/visitor"
-URL = re.compile(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?((?:/[^\s?#]*)?)", re.ASCII)
+URL = re.compile(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?((?:/[^\s?#]*)?)")
 TIMEOUT = 30  # seconds for each whole answer
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before each new try, where the server fails
 SHORTEST, LONGEST = 1, 600  # seconds to wait at a rate limit, whatever the server says
@@ -49,7 +49,7 @@ class Server:
 
     def __init__(self, url: str, wait: Callable[[float, str], None]) -> None:
         match = URL.fullmatch(url)
-        if not match or int(match[3] or 0) > 65_535:
+        if not match or not url.isascii() or int(match[3] or 0) > 65_535:
             raise Failed("not a URL such as https://chat.example.org, with port and path alone")
         scheme, host, port, path = match.groups()
         path = path.removesuffix(PATH).rstrip("/")
