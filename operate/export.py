@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         " numbers",
     )
     parser.add_argument("--since", **SINCE)
-    parser.add_argument("-o", "--output", metavar="FILE", default="-", help="stdout, if not given")
+    parser.add_argument("-o", "--output", metavar="FILE", default="-", help="- is stdout")
 
 
 def run(args: argparse.Namespace, database: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import storage
 from storage import database as module
+from storage.migrations import newest
 from tests.database import refused
 from tests.locks import LOCKS, held
 from tests.server import ROOT, wait_until
@@ -108,7 +109,7 @@ def test_every_connection_has_the_settings_that_make_an_answer_durable(database)
 
 
 def test_the_file_says_whose_it_is_and_its_tables_are_strict(database):
-    assert database.read(lambda connection: connection.pragma("user_version")) == 1
+    assert database.read(lambda connection: connection.pragma("user_version")) == newest()
     assert database.read(lambda connection: connection.pragma("application_id")) == 0x4C435631
     tables = database.read(
         lambda connection: connection.execute(
@@ -184,7 +185,7 @@ def test_another_applications_database_is_refused_and_left_alone(path, statement
 
 
 def test_a_database_of_a_newer_version_is_refused(database, path):
-    database.write(lambda connection: connection.pragma("user_version", 2))
+    database.write(lambda connection: connection.pragma("user_version", newest() + 1))
     database.close()
     assert refused(path) == f"{path}: written by a newer version of this service"
 

@@ -15,6 +15,7 @@ import pytest
 
 import operate.files
 from operate import export
+from storage.migrations import newest
 from tests.database import files_of_a_database, rows
 from tests.operating import FIELD, JOHN, LATER, VISITORS, files, finish, mode, spawn
 from tests.server import ROOT
@@ -25,7 +26,7 @@ def test_export_writes_a_header_and_each_visitor_as_the_api_answers_it(run, fill
     assert run("export", "-o", "out.jsonl") == (0, "exported 3 visitors to out.jsonl\n", "")
     assert files(tmp_path) == [*files_of_a_database(tmp_path), "out.jsonl"]
     header, *visitors = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
-    assert header == {"livechat-visitors": 1, "schema": 1, "guest": 3, "visitors": 3}
+    assert header == {"livechat-visitors": 1, "schema": newest(), "guest": 3, "visitors": 3}
     assert visitors == [{"number": n, **answer} for n, answer in enumerate(answers, 1)]
     assert mode("out.jsonl") == 0o600
 
@@ -60,12 +61,13 @@ def test_csv_has_a_column_for_each_custom_field(run, fill, tmp_path):
     assert run("export", "--format", "csv", "-o", "out.csv")[0] == 0
     columns, first, second, last = table("out.csv")
     fixed = ["number", "_id", "username", "token", "name", "phone", "email", "department"]
-    assert columns == [*fixed, "ts", "_updatedAt", "field:=k", "field:name"]
+    assert columns[: len(fixed)] == fixed
+    assert columns[-4:] == ["ts", "_updatedAt", "field:=k", "field:name"]
     john = dict(zip(columns, first, strict=True))
     assert (john["token"], john["phone"]) == ("'=token", "'+37265783468")
     assert (john["number"], john["ts"]) == ("1", "2022-06-29T06:05:01.392Z")
     assert john["field:name"] == ""
-    assert second[10:] == ["v", "of a field"]
+    assert second[-2:] == ["v", "of a field"]
     assert second[4] == 'a,"b"\nc'
     assert last[4] == "l-1"
 
