@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import Refusal, refusal, to_json
+from resources.errors import Refusal, log, refusal, to_json
 from settings import Settings
 
 # JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
@@ -88,6 +88,7 @@ class VisitorByTokenResource:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
             raise invalid_token() from None
+        log.info("Erased the visitor %s", erased["_id"])  # to be repeated after a restore
         resp.data = to_json({"visitor": erased, "success": True})
 
 
