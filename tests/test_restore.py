@@ -13,6 +13,8 @@ from tests.database import damage, look, rows
 from tests.locks import held
 from tests.operating import JOHN, VISITORS, mode
 
+BACKED_UP = [visitor[0] for visitor in VISITORS]
+BEFORE = [*BACKED_UP, "in the database", "in the WAL"]  # the restore
 UNFINISHED = "a restore has not ended: run it again"
 
 
@@ -21,15 +23,20 @@ def backup(run, fill, tmp_path):
     """Return a backup that the database has gone on from, as a killed service has left it."""
     fill(*VISITORS)
     assert run("backup", "copy.db")[0] == 0
+    fill(("in the database", {}))
     (tmp_path / "killed").mkdir()
     with closing(storage.Database(str(tmp_path / "livechat.db"))) as database:
-        storage.VisitorStore(database).register("later", JOHN)
+        storage.VisitorStore(database).register("in the WAL", JOHN)
         for suffix in ("", "-wal"):
             shutil.copy(f"livechat.db{suffix}", "killed")
     for suffix in ("", "-wal"):
         os.replace(f"killed/livechat.db{suffix}", f"livechat.db{suffix}")
     os.rmdir("killed")
     return tmp_path / "copy.db"
+
+
+def tokens(database):
+    return [row[2] for row in rows(database)]
 
 
 def moved_away(folder):
@@ -71,7 +78,7 @@ def test_a_restore_can_be_undone_by_another(run, backup, path, tmp_path):
     (kept,) = moved_away(tmp_path)
     kept = kept.rename(tmp_path / "kept")
     assert run("restore", "kept/livechat.db")[0] == 0
-    assert [row[2] for row in rows(path)][-1] == "later"
+    assert tokens(path) == BEFORE
 
 
 @pytest.mark.parametrize("state", ["none", "junk", "damaged", "empty"])
@@ -155,8 +162,6 @@ def test_no_power_cut_loses_a_database_or_leaves_one_beside_another_wal(
 ):
     (tmp_path / ".livechat.db-litestream").mkdir()
     shutil.copytree(tmp_path, tmp_path / "start", symlinks=True)
-    old = [*(one[0] for one in VISITORS), "later"]
-    new = [one[0] for one in VISITORS]
     with recorded(tmp_path, monkeypatch) as journal:
         assert run("restore", backup)[0] == 0
     monkeypatch.setattr(restore, "STAMP", "again")
@@ -164,9 +169,6 @@ def test_no_power_cut_loses_a_database_or_leaves_one_beside_another_wal(
     cut.mkdir()
     path = str(cut / "livechat.db")
     seen = set()
-
-    def tokens(database):
-        return [row[2] for row in rows(database)]
 
     for what in cuts(journal, tmp_path / "start", cut):
         served = None
@@ -178,15 +180,15 @@ def test_no_power_cut_loses_a_database_or_leaves_one_beside_another_wal(
         if served is None:
             assert said == f"{path}: {UNFINISHED}", what
             assert run("check", "--db", path)[2] == f"check: {path}: {UNFINISHED}\n"
-        assert served in (old, new, None), what
+        assert served in (BEFORE, BACKED_UP, None), what
         seen.add(str(served))
         status, _, err = run("restore", "--db", path, backup)
         assert (status, err) == (0, ""), what
-        assert tokens(path) == new, what
-        assert old in map(tokens, cut.glob("livechat.db-before-*/livechat.db")), what
+        assert tokens(path) == BACKED_UP, what
+        assert BEFORE in map(tokens, cut.glob("livechat.db-before-*/livechat.db")), what
         assert not list(cut.glob("livechat.db-before-*/restored"))
-    assert served == new  # after the last one, all of which is certain
-    assert seen == {str(old), str(new), "None"}
+    assert served == BACKED_UP  # after the last one, all of which is certain
+    assert seen == {str(BEFORE), str(BACKED_UP), "None"}
 
 
 def failing(function, calls, number):
@@ -218,8 +220,7 @@ def test_a_restore_that_fails_half_way_says_so_and_can_be_run_again(
     monkeypatch.setattr(restore, "STAMP", "again")
     assert run("restore", backup)[0] == 0
     assert rows(path) == rows(backup)
-    kept = [[row[2] for row in rows(kept / "livechat.db")] for kept in moved_away(tmp_path)]
-    assert [*(one[0] for one in VISITORS), "later"] in kept
+    assert BEFORE in map(tokens, tmp_path.glob("livechat.db-before-*/livechat.db"))
 
 
 def test_a_restore_by_root_belongs_to_the_databases_owner(run, backup, path, tmp_path):
