@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 
 import apsw
 
@@ -121,10 +122,11 @@ def is_in_files(database: str, text: str) -> bool:
     pattern = r"\D{0,3}".join(keys.get("digits", "")) or re.escape(keys["email"])
     sought = re.compile(pattern.encode(), re.IGNORECASE)
     for name in (database, f"{database}-wal"):
-        with suppress(FileNotFoundError), open(name, "rb") as file:
-            before = b""
-            while part := file.read(2**24):
-                if sought.search(before + part):
-                    return True
-                before = part[-1000:]
+        if os.path.isfile(name):
+            with open(name, "rb") as file:
+                before = b""
+                while part := file.read(2**24):
+                    if sought.search(before + part):
+                        return True
+                    before = part[-1000:]
     return False
