@@ -78,6 +78,8 @@ if __name__ == "__main__":
         pass  # of a closed stdin, stdout or stderr, which no other file may get
     os.close(number)
     sys.stderr = sys.stderr or io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)  # so that it clears up behind itself

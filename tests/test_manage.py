@@ -215,6 +215,14 @@ def test_a_closed_stream_is_no_traceback_and_no_failure_of_a_check(path, fill, t
     assert not [name for name in files(tmp_path) if ".part" in name]
 
 
+def test_a_name_that_is_no_utf_8_is_no_traceback(path, fill, tmp_path):
+    fill(*VISITORS)
+    name = os.fsdecode(b"\xff.db")
+    backing_up = spawn("backup", name, "--db", path, cwd=tmp_path)
+    assert finish(backing_up) == (0, "backed up to \\udcff.db: 0.0 MiB, checked\n", "")
+    assert os.path.getsize(tmp_path / name) > 4096
+
+
 def test_a_reader_that_goes_away_is_one_line(path, fill):
     fill(*VISITORS)
     reading, writing = os.pipe()
