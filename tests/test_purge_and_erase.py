@@ -209,6 +209,12 @@ def test_a_phone_of_few_digits_and_a_token_are_compared_exactly(run, fill, path)
     assert run("erase", "n/a")[0] == 0
 
 
+def test_an_email_that_was_stored_in_capitals_is_found(run, fill, path):
+    fill(("a", {"email": "John.Doe@Email.com"}), ("b", {"email": "other@email.com"}))
+    assert run("erase", "john.doe@EMAIL.com")[0] == 0
+    assert [row[2] for row in rows(path)] == ["b"]
+
+
 def test_several_are_erased_and_who_is_unknown_is_counted(run, fill, path, monkeypatch):
     answers = fill(*((f"t{n}", {}) for n in range(6)))
     ids = [answer["_id"] for answer in answers]
