@@ -51,29 +51,6 @@ def test_a_new_database_is_made_with_its_folders_and_opened_the_next_time(tmp_pa
     assert storage.prepare(path) == (False, 1)
 
 
-def test_a_power_cut_takes_neither_a_new_database_nor_its_folders(tmp_path, monkeypatch):
-    """A folder holds a new name for certain once it is synced; SQLite does that for the WAL only."""
-    synced = []
-    sync = os.fsync
-
-    def fsync(descriptor):
-        sync(descriptor)
-        synced.append(os.fstat(descriptor))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    for name, folders in (
-        ("livechat.db", ["."]),
-        ("a/livechat.db", [".", "a"]),
-        ("b/c/livechat.db", [".", "b", "b/c"]),
-        ("b/other.db", ["b"]),
-    ):
-        synced.clear()
-        assert storage.prepare(str(tmp_path / name)) == (True, 0)
-        for folder in folders:
-            status = os.stat(tmp_path / folder)
-            assert any(os.path.samestat(status, one) for one in synced), (name, folder)
-
-
 def test_an_empty_file_is_a_new_database(path):
     open(path, "w").close()
     assert storage.prepare(path) == (True, 0)
