@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, database: str) -> None:
                     last = restored.execute("SELECT max(updated) FROM visitor").get or 0
                 for made in (copy, folder):
                     os.chown(made, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            sync(parent)
             # The database goes first, as one without its WAL would be taken for whole.
             beside = (f"{name}-wal", f"{name}-shm", f"{name}-journal", f".{name}-litestream")
             for moves in (

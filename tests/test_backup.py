@@ -1,13 +1,11 @@
 """manage.py backup: one sound file, of one moment."""
 
 import os
-import shutil
 from contextlib import closing
 
 import storage
 from operate import backup
 from storage.scrubber import scrub
-from tests.cuts import cuts, recorded
 from tests.database import damage, files_of_a_database, rows
 from tests.operating import FIELD, JOHN, VISITORS, files, finish, mode, spawn
 
@@ -181,22 +179,3 @@ def test_a_backup_that_fails_deletes_no_older_one(run, fill, path, tmp_path):
     (tmp_path / "backups" / "livechat-20261120T193000Z.db").touch()
     assert run("backup", "backups", "--keep", "1")[0] == 1
     assert files(tmp_path / "backups") == ["livechat-20261120T193000Z.db"]
-
-
-def test_a_power_cut_leaves_the_old_backup_or_the_new_one(run, fill, path, tmp_path, monkeypatch):
-    fill(*VISITORS[:1])
-    folder, before, cut = (tmp_path / name for name in ("backups", "before", "cut"))
-    folder.mkdir()
-    cut.mkdir()
-    assert run("backup", "backups/copy.db")[0] == 0
-    shutil.copytree(folder, before)
-    old = rows(folder / "copy.db")
-    fill(*VISITORS[1:])
-    with recorded(folder, monkeypatch) as journal:
-        assert run("backup", "--force", "backups/copy.db")[0] == 0
-    found = []
-    for _ in cuts(journal, before, cut):
-        found.append(rows(cut / "copy.db"))
-    assert found[-1] == rows(path)  # all of it is certain by then
-    assert [one for one in found if one not in (old, rows(path))] == []
-    assert old in found

@@ -154,7 +154,7 @@ def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
     # The old code is a server of today; the new one, which has the steps, migrates under it.
     server = make_server(LIVECHAT_DB=path).wait()
     registered = [server.register(f"before{n}", name="N")[1] for n in range(8)]
-    steps(*ADDED)
+    steps(*migrations.STEPS, *ADDED)
     assert storage.prepare(path) == (False, 11)
     registered += [server.register(f"after{n}", name="N")[1] for n in range(8)]
     assert server.request("DELETE", f"{PATH}/after0")[0] == 200
