@@ -61,16 +61,16 @@ def run(args: argparse.Namespace, database: str) -> None:
             sync(parent)
             # The database goes first, as one without its WAL would be taken for whole.
             beside = (f"{name}-wal", f"{name}-shm", f"{name}-journal", f".{name}-litestream")
-            for moves in (
-                [(database, f"{folder}/{name}")],
-                [(f"{parent}/{one}", f"{folder}/{one}") for one in beside],
-                [(f"{folder}/restored", database)],
+            for source, target, names in (
+                (parent, folder, {name: name}),
+                (parent, folder, {one: one for one in beside}),
+                (folder, parent, {"restored": name}),
             ):
-                for old, new in moves:
+                for old, new in names.items():
                     with suppress(FileNotFoundError):
-                        os.rename(old, new)
-                sync(folder)
-                sync(parent)
+                        os.rename(f"{source}/{old}", f"{target}/{new}")
+                sync(target)  # first, so that no file can be lost under both of its names
+                sync(source)
         finally:
             with suppress(OSError):
                 os.rmdir(folder)  # if nothing was moved there
