@@ -1,7 +1,8 @@
 """Build the image and run it, and the systemd units in a container: `make test-image`.
 
 It needs root, podman, buildah, runc and mmdebstrap, and no registry: the base is Debian, made once
-and kept by podman, unless BASE names one: `make test-image BASE=docker.io/library/python:3.13-slim`.
+and kept by podman until `podman rmi livechat-visitors-test-debian`. BASE names another one for the
+image: `make test-image BASE=docker.io/library/python:3.13-slim`.
 """
 
 import contextlib
@@ -159,9 +160,10 @@ def build(base):
     done(f"the image is built on {base}")
 
 
-def test_image(folder):
+def test_image(folder, volume):
     """What docs/deploying.md says about a container."""
-    with new_volume() as volume, Container(IMAGE, options=(*HARDENED, volume)) as service:
+    options = (*HARDENED, volume)
+    with Container(IMAGE, options=options) as service:
         service.wait()
         assert service.run("id", "-u").strip() == str(OWNER)
         assert service.run("stat", "-c", "%u %a", "/data").strip() == f"{OWNER} 700"
@@ -201,16 +203,17 @@ def test_image(folder):
         assert service.state("ExitCode") == "0", service.log()
         assert "ann@example.org" not in service.log()
         done("it stops with 0")
-        podman("rm", service.name)
-        service.__init__(IMAGE, options=(*HARDENED, volume))  # as an update does
+
+    with Container(IMAGE, options=options) as service:  # as an update does
         service.wait()
         for one in (visitor, later):
             service.find(one)
         done("another container on the same volume has the visitors")
 
         podman("stop", "--time=40", service.name)
-        restoring = "cat > /data/backup.db && python manage.py restore /data/backup.db"
-        command = ("run", "--rm", "--interactive", *HARDENED, volume, IMAGE, "sh", "-c", restoring)
+        here = "/data/backup.db"
+        restoring = f"cat > {here} && python manage.py restore {here} && rm {here}"
+        command = ("run", "--rm", "--interactive", *options, IMAGE, "sh", "-c", restoring)
         podman(*command, input=backup.read_bytes())
         podman("start", service.name)
         service.wait()
@@ -343,7 +346,8 @@ def main():
         data.mkdir(mode=0o700)
         make_debian()
         build(os.environ.get("BASE") or DEBIAN)
-        test_image(data)
+        with new_volume() as volume:
+            test_image(data, volume)
         test_systemd()
 
 
