@@ -1,5 +1,6 @@
 """What docs/deploying.md tells to do, as far as this machine can."""
 
+import configparser
 import re
 import shutil
 import signal
@@ -40,6 +41,21 @@ def test_every_file_of_deploy_is_in_the_document():
     document = (ROOT / "docs" / "deploying.md").read_text()
     for file in (ROOT / "deploy").iterdir():
         assert f"deploy/{file.name}" in document
+
+
+def test_the_image_holds_every_package_and_file_of_the_service():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = set(re.findall(r"\w+", setup["options"]["packages"]))
+    kept = set(re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    assert kept == packages | {"*.py", "requirements.txt", "LICENSE"}
+
+
+def test_the_settings_of_compose_are_those_of_the_readme():
+    table = (ROOT / "README.md").read_text().partition("## Configuration")[2].partition("##")[0]
+    settings = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    shown = set(re.findall(r"^#(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert shown == settings - {"PORT", "LIVECHAT_HOST", "LIVECHAT_DB"} | {"LIVECHAT_DOMAIN"}
 
 
 def test_the_line_of_cron_backs_up_in_silence_and_says_what_goes_wrong(fill, path, tmp_path):
