@@ -37,6 +37,4 @@ import http.client, os, sys\n\
 service = http.client.HTTPConnection('127.0.0.1', os.environ['PORT'], timeout=4)\n\
 service.request('GET', '/livez')\n\
 sys.exit(service.getresponse().status != 200)"]
-# The master sees by a file there that its worker lives. It is in memory, and can be written to
-# where the root is read-only and has no /tmp.
-CMD ["gunicorn", "--worker-tmp-dir", "/dev/shm"]
+CMD ["gunicorn"]

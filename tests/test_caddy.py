@@ -32,7 +32,7 @@ class Proxied:
         self.log = folder / "caddy.log"
         self.root = folder / "caddy/pki/authorities/local/root.crt"
         home = {"HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-        home["LIVECHAT_DOMAIN"] = "localhost"
+        home["CADDY_DOMAIN"] = "localhost"
         home["LIVECHAT_UPSTREAM"] = f"127.0.0.1:{self.service.port}"
         with self.log.open("wb") as log:
             command = [CADDY, "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
