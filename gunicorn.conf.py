@@ -72,6 +72,13 @@ def on_starting(server):
         server.log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
 
 
+def when_ready(server):
+    """Name the page beside the address."""
+    for address in map(str, server.LISTENERS):
+        if address.startswith("http"):  # else it is a path
+            server.log.info("inbox at %s/inbox", address)
+
+
 def _try_to_bind(server):
     """Exit with one line where an address is taken, instead of gunicorn's 5 tries."""
     if "GUNICORN_FD" in os.environ or systemd.listen_fds(unset_environment=False):

@@ -30,7 +30,26 @@ from storage.database import (
 
 # What upgrades a file of version 1 to version 2, and so on: SQL that only adds, because in the
 # minute of a deploy the old code works on the new file. schema.sql is the whole newest version.
-STEPS: tuple[str, ...] = ()
+STEPS: tuple[str, ...] = (
+    # 2: the visitors of each day, for the statistics
+    """
+    CREATE TABLE day (
+        number INTEGER PRIMARY KEY,
+        registered INTEGER NOT NULL
+    ) STRICT;
+
+    CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN
+        INSERT INTO day VALUES (NEW.ts / 86400000, 1)
+            ON CONFLICT DO UPDATE SET registered = registered + 1;
+    END;
+
+    CREATE TRIGGER visitor_deleted AFTER DELETE ON visitor BEGIN
+        UPDATE day SET registered = registered - 1 WHERE number = OLD.ts / 86400000;
+    END;
+
+    INSERT INTO day SELECT ts / 86400000, count(*) FROM visitor GROUP BY 1;
+    """,
+)
 
 
 class PrepareError(Exception):

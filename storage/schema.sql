@@ -1,4 +1,4 @@
--- Version 1 of the schema (PRAGMA user_version says which one a file has).
+-- Version 2 of the schema (PRAGMA user_version says which one a file has).
 -- Changes are additive: for a minute of a deploy the old code works on the new file.
 
 CREATE TABLE visitor (
@@ -22,3 +22,19 @@ CREATE TABLE guest (
 ) STRICT;
 
 INSERT INTO guest (last) VALUES (1);   -- the first one is guest-2, as in the document
+
+-- How many visitors there are, by day. Triggers keep it, as other programs delete and import too;
+-- an index of `ts` would cost each registration more, and the statistics a scan of it.
+CREATE TABLE day (
+    number      INTEGER PRIMARY KEY,   -- days since 1970-01-01, in UTC
+    registered  INTEGER NOT NULL       -- the visitors there are who were created on that day
+) STRICT;
+
+CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN
+    INSERT INTO day VALUES (NEW.ts / 86400000, 1)
+        ON CONFLICT DO UPDATE SET registered = registered + 1;
+END;
+
+CREATE TRIGGER visitor_deleted AFTER DELETE ON visitor BEGIN
+    UPDATE day SET registered = registered - 1 WHERE number = OLD.ts / 86400000;
+END;

@@ -26,6 +26,7 @@ _CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
 _DROPPED = bytes(range(_USED, 256))
 
 MAX_INTEGER = 2**63 - 1  # of SQLite
+DAY = 86_400_000  # milliseconds
 
 
 class Field(NamedTuple):
@@ -54,7 +55,11 @@ FIELDS = (
     Field("department", "department"),
     Field("fields", "livechatData", kind="custom fields", given=False),
 )
-FOUND = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")  # keys, in a search
+# The keys of a visitor in a search; the last three are ours (contract, 9).
+FOUND = (
+    *("_id", "username", "name", "phone", "livechatData", "visitorEmails"),
+    *("department", "ts", "_updatedAt"),
+)
 # What a search may be sorted by, and the column it stands in.
 SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
 
@@ -114,6 +119,8 @@ class VisitorStore:
         self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
+        self._seen: Any = None  # the state of the database at the last call of `statistics`
+        self._changed = 0  # when that was another one than before, in milliseconds since 1970
 
     def register(
         self,
@@ -221,6 +228,52 @@ class VisitorStore:
             return {"_id": visitor["id"], "ts": iso_date(self._clock())}
 
         return self._database.write(work, erases=True)
+
+    def erase_by_id(self, id_: str) -> dict[str, Any]:
+        """Delete the visitor with that `_id`, which takes a scan, and return the same as `erase`.
+
+        Raise `VisitorNotFound`.
+        """
+        number = self._database.scan(lambda connection: _one(connection, "id", id_)["number"])
+
+        def work(connection: apsw.Connection) -> dict[str, Any]:
+            # Another one may have got the number meanwhile.
+            connection.execute("DELETE FROM visitor WHERE number = ? AND id = ?", (number, id_))
+            if not connection.changes():
+                raise VisitorNotFound
+            return {"_id": id_, "ts": iso_date(self._clock())}
+
+        return self._database.write(work, erases=True)
+
+    def statistics(self, days: int) -> dict[str, Any]:
+        """Return the total of visitors, and how many of them are of each of the last `days`.
+
+        The days are those of UTC, today first. "changed" is a time that moves on when any program
+        has written to the database since the last call, and at the first call.
+        """
+        now = self._clock()
+        today = now // DAY
+
+        def work(connection: apsw.Connection) -> tuple[Any, int, dict[int, int]]:
+            # First of all, so that whatever is written after it is another state. The version is
+            # that of this connection, and another one may begin with the same.
+            state = (connection, connection.pragma("data_version"))
+            total = connection.execute("SELECT coalesce(sum(registered), 0) FROM day").get
+            sql = "SELECT number, registered FROM day WHERE number > ? AND number <= ?"
+            rows: Any = connection.execute(sql, (today - days, today))
+            return state, total, dict(rows)
+
+        state, total, registered = self._database.read(work)
+        if state != self._seen:
+            self._seen, self._changed = state, max(now, self._changed + 1)
+        return {
+            "total": total,
+            "changed": iso_date(self._changed),
+            "days": [
+                {"date": iso_date(day * DAY)[:10], "registered": registered.get(day, 0)}
+                for day in range(today, today - days, -1)
+            ],
+        }
 
     def ping(self) -> None:
         """Read the files anew; raise `Unavailable` where they are missing or damaged.

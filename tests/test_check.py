@@ -13,14 +13,13 @@ def test_check_finds_nothing_and_says_what_there_is(run, fill, server, path):
     server.register("a")
     status, out, err = run("check")
     assert (status, err) == (0, "")
-    assert out.startswith("sound: 1 visitor, schema version 1, 0.0 MiB, 0.")
+    assert out.startswith("sound: 1 visitor, schema version 2, 0.0 MiB, 0.")
 
 
 def test_check_names_each_finding_and_what_to_do(run, fill, path, tmp_path, monkeypatch):
     fill(*((f"t{n}", JOHN, FIELD) for n in range(300)))
     damage(path)
     look(path, "PRAGMA user_version = 1")
-    monkeypatch.setattr("storage.migrations.STEPS", ("",))
     monkeypatch.setattr(operating.apsw, "sqlite_lib_version", lambda: "3.40.1")
     monkeypatch.setattr(check, "LEAST_FREE", 2**60)
     monkeypatch.setattr(check, "MUCH_WAL", -1)

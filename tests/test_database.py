@@ -108,14 +108,14 @@ def test_every_connection_has_the_settings_that_make_an_answer_durable(database)
 
 
 def test_the_file_says_whose_it_is_and_its_tables_are_strict(database):
-    assert database.read(lambda connection: connection.pragma("user_version")) == 1
+    assert database.read(lambda connection: connection.pragma("user_version")) == 2
     assert database.read(lambda connection: connection.pragma("application_id")) == 0x4C435631
     tables = database.read(
         lambda connection: connection.execute(
             "SELECT name, strict FROM pragma_table_list WHERE schema = 'main' AND name != 'sqlite_schema'"
         ).fetchall()
     )
-    assert sorted(tables) == [("guest", 1), ("visitor", 1)]
+    assert sorted(tables) == [("day", 1), ("guest", 1), ("visitor", 1)]
 
 
 def test_only_what_registrations_are_matched_by_has_an_index(path):
@@ -184,7 +184,7 @@ def test_another_applications_database_is_refused_and_left_alone(path, statement
 
 
 def test_a_database_of_a_newer_version_is_refused(database, path):
-    database.write(lambda connection: connection.pragma("user_version", 2))
+    database.write(lambda connection: connection.pragma("user_version", 99))
     database.close()
     assert refused(path) == f"{path}: written by a newer version of this service"
 

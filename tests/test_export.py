@@ -23,7 +23,7 @@ def test_export_writes_a_header_and_each_visitor_as_the_api_answers_it(run, fill
     assert run("export", "-o", "out.jsonl") == (0, "exported 3 visitors to out.jsonl\n", "")
     assert files(tmp_path) == [*files_of_a_database(tmp_path), "out.jsonl"]
     header, *visitors = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
-    assert header == {"livechat-visitors": 1, "schema": 1, "guest": 3, "visitors": 3}
+    assert header == {"livechat-visitors": 1, "schema": 2, "guest": 3, "visitors": 3}
     assert visitors == [{"number": n, **answer} for n, answer in enumerate(answers, 1)]
     assert mode("out.jsonl") == 0o600
 

@@ -459,7 +459,7 @@ def folder(path):
 
 def newer(path):
     empty_of_ours(path)
-    sql(path, "PRAGMA user_version = 2")
+    sql(path, "PRAGMA user_version = 99")
 
 
 def cut(path):

@@ -212,7 +212,7 @@ def test_an_import_takes_turns_with_the_service(path, server, tmp_path):
 def test_many_visitors_go_out_and_in_again_in_flat_memory(path, run, tmp_path, often):
     visitors = often(3000, 1_000_000)
     with (tmp_path / "1.jsonl").open("wb") as file:
-        head = {"livechat-visitors": 1, "schema": 1, "guest": visitors + 1, "visitors": visitors}
+        head = {"livechat-visitors": 1, "schema": 2, "guest": visitors + 1, "visitors": visitors}
         file.write(json.dumps(head, separators=(",", ":")).encode() + b"\n")
         for n in range(1, visitors + 1):
             record = GOOD | {"number": n, "_id": f"{n:017}", "username": f"guest-{n + 1}"}
