@@ -119,8 +119,8 @@ class VisitorStore:
         self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
-        self._seen: Any = None  # the state of the database at the last call of `statistics`
-        self._changed = 0  # when that was another one than before, in milliseconds since 1970
+        self._changes = -1  # how many the last call of `statistics` has found
+        self._changed = 0  # when these were more than before, in milliseconds since 1970
 
     def register(
         self,
@@ -249,25 +249,23 @@ class VisitorStore:
         """Return the total of visitors, and how many of them are of each of the last `days`.
 
         The days are those of UTC, today first. "changed" is a time that moves on when any program
-        has written to the database since the last call, and at the first call.
+        has registered, changed or erased a visitor since the last call, and at the first call.
         """
         now = self._clock()
         today = now // DAY
 
-        def work(connection: apsw.Connection) -> tuple[Any, int, dict[int, int]]:
-            # First of all, so that whatever is written after it is another state. The version is
-            # that of this connection, and another one may begin with the same.
-            state = (connection, connection.pragma("data_version"))
-            total = connection.execute("SELECT coalesce(sum(registered), 0) FROM day").get
-            sql = "SELECT number, registered FROM day WHERE number > ? AND number <= ?"
-            rows: Any = connection.execute(sql, (today - days, today))
-            return state, total, dict(rows)
+        def work(connection: apsw.Connection) -> list[tuple[Any, ...]]:
+            # All days before those that are asked for come as one.
+            sql = "SELECT max(number, ?), sum(registered), sum(changes) FROM day GROUP BY 1"
+            return connection.execute(sql, (today - days,)).fetchall()
 
-        state, total, registered = self._database.read(work)
-        if state != self._seen:
-            self._seen, self._changed = state, max(now, self._changed + 1)
+        rows = self._database.read(work)
+        registered = {number: visitors for number, visitors, _ in rows}
+        changes = sum(row[2] for row in rows)
+        if changes != self._changes:
+            self._changes, self._changed = changes, max(now, self._changed + 1)
         return {
-            "total": total,
+            "total": sum(registered.values()),
             "changed": iso_date(self._changed),
             "days": [
                 {"date": iso_date(day * DAY)[:10], "registered": registered.get(day, 0)}
