@@ -349,6 +349,14 @@ def test_an_open_visitor_follows_what_happens_to_it(server, inbox):
     expect(tab.get_by_role("button", name="Erase")).to_be_hidden()
 
 
+def test_a_name_that_cannot_be_seen_gives_way_to_what_can(server, inbox):
+    server.register("a", name=" ", username="kim.jane")
+    _, answer = server.register("b", name="\u200b\u202e", username="\u2066")
+    tab = inbox(server)
+    expect(rows(tab)).to_have_count(2)
+    assert names(tab) == [answer["visitor"]["_id"], "kim.jane"]
+
+
 @pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, PHONE], ids=["wide", "phone"])
 def test_names_are_text_whatever_is_in_them(server, inbox, viewport):
     for number, text in enumerate((IMAGE, OVERRIDE, LONG)):
