@@ -11,7 +11,7 @@ import falcon
 import schemas
 import storage
 from resources.body import parse
-from resources.errors import bare_refusal, refusal, to_json, unauthorized
+from resources.errors import bare_refusal, log_erasure, refusal, to_json, unauthorized
 from settings import Settings
 
 DEFAULT_COUNT = 50
@@ -53,6 +53,7 @@ class VisitorInfoResource:
     def on_delete(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 when the visitor's data is gone from the files."""
         erased = self._call(self._store.erase_by_id, req)
+        log_erasure(erased)
         resp.data = to_json({"visitor": erased, "success": True})
 
     def _call(self, method: Callable[[str], dict[str, Any]], req: falcon.Request) -> dict[str, Any]:

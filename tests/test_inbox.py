@@ -85,4 +85,6 @@ def test_with_configured_origins_the_root_varies_by_both(make_service):
 
 def test_the_log_names_the_page_beside_the_address(make_server):
     server = make_server().wait()
-    assert re.findall(r"shows visitors at (\S+)", server.log()) == [f"http://127.0.0.1:{server.port}/inbox"]
+    assert re.findall(r"shows visitors at (\S+)", server.log()) == [
+        f"http://127.0.0.1:{server.port}/inbox"
+    ]

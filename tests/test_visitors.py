@@ -1,6 +1,7 @@
 """The read side, for the configured agent (contract, section 6)."""
 
 import json
+import logging
 import urllib.parse
 
 import pytest
@@ -383,7 +384,8 @@ def test_other_methods_are_not_allowed(service, path):
     assert service.post({}, path=path).status_int == 405
 
 
-def test_an_erasure_by_id_answers_and_erases_as_one_by_token_does(service, tmp_path):
+def test_an_erasure_by_id_answers_and_erases_as_one_by_token_does(service, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     erased = service.register("secret-token", name="Erased Name")
     service.register("other", name="Other")
     service.now += 5
@@ -392,6 +394,8 @@ def test_an_erasure_by_id_answers_and_erases_as_one_by_token_does(service, tmp_p
         200,
         f'{{"visitor":{{"_id":"{erased["_id"]}","ts":"2022-06-29T06:05:01.397Z"}},"success":true}}',
     )
+    assert f"Erased the visitor {erased['_id']}" in caplog.messages
+    assert "secret" not in caplog.text
     assert names(search(service, term="")) == ["Other"]
     held = b"".join(file.read_bytes() for file in tmp_path.glob("livechat.db*"))
     assert b"Other" in held
