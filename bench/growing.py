@@ -90,8 +90,10 @@ def main(counts):
     columns = []
     for visitors in counts:
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            columns.append(dict(measure(Path(folder), visitors)))
-            print(visitors, columns[-1], file=sys.stderr, flush=True)
+            columns.append({})
+            for name, value in measure(Path(folder), visitors):
+                print(f"{visitors:,}: {name}: {value}", file=sys.stderr, flush=True)
+                columns[-1][name] = value
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     print(table(["visitors", *(f"{visitors:,}" for visitors in counts)], rows))
 
