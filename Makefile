@@ -3,7 +3,7 @@ BIN := .venv/bin
 MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test soak fuzz bench bench-peers test-clients test-litestream lint format requirements clean
+.PHONY: run test soak fuzz bench bench-peers test-clients test-image test-litestream lint format requirements clean
 
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
@@ -17,6 +17,9 @@ soak: .venv/dev  ## run the long versions of the tests of reliability, for some 
 
 test-clients: .venv/dev tests/clients/node_modules  ## run Rocket.Chat's JavaScript client, which needs Node.js
 	$(BIN)/python -m tests.clients
+
+test-image:  ## build the image and run it, and the systemd units, in containers; as root, needs podman
+	$(PYTHON) -m tests.image
 
 test-litestream: .venv/dev .venv/litestream/bin/litestream  ## copy it by a real Litestream, two minutes
 	PATH=$(CURDIR)/.venv/litestream/bin:$$PATH $(BIN)/pytest -rs tests/litestream.py

@@ -114,17 +114,46 @@ def serve(database: storage.Database, settings: Settings) -> falcon.App[Any, Any
     return create_app(store, settings)
 
 
-def get_app() -> falcon.App[Any, Any]:
-    """Return the application that the environment describes, for any WSGI server with threads.
+def read_settings() -> Settings:
+    """Return what the environment configures. Exit with one line where it is invalid."""
+    try:
+        return Settings.from_environ()
+    except SettingError as error:
+        sys.exit(str(error))
 
-    The database is created or upgraded, and closed when the process ends. Exit with one line where
-    the environment or the database is not as it has to be.
+
+def prepare(settings: Settings) -> None:
+    """Create or upgrade the database; log where it is, what it holds, and what is configured.
+
+    Exit with one line where the database cannot be used.
     """
     try:
-        settings = Settings.from_environ()
-        storage.prepare(settings.database, settings.match)
-    except (SettingError, storage.PrepareError) as error:
+        new, visitors = storage.prepare(settings.database, settings.match)
+    except storage.PrepareError as error:
         sys.exit(str(error))
+    if new:
+        log.info("new database at %s", settings.database)
+    else:
+        log.info("opened %s (%d visitors)", settings.database, visitors)
+    log.info("configured: %s", " ".join(settings.configured) or "nothing")
+    if settings.agent is None:
+        log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
+    if settings.unknown:
+        log.warning("unknown variables, which have no effect: %s", " ".join(settings.unknown))
+
+
+def open_app(settings: Settings) -> falcon.App[Any, Any]:
+    """Return the application on the prepared database, which is closed when the process ends."""
     database = storage.Database(settings.database)
     atexit.register(database.close)  # which moves the WAL into the database file
     return serve(database, settings)
+
+
+def get_app() -> falcon.App[Any, Any]:
+    """Return the application that the environment describes, for any WSGI server with threads.
+
+    Exit with one line where the environment or the database is not as it has to be.
+    """
+    settings = read_settings()
+    prepare(settings)
+    return open_app(settings)

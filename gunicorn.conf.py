@@ -7,21 +7,21 @@ import signal
 import socket
 import sys
 from http import HTTPStatus
+from pathlib import Path
 from types import MethodType
 
 from gunicorn import systemd, util
 from gunicorn.http.errors import ParseException
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # gunicorn may start in any folder
+
+import app
 import storage
 from server import Worker
-from settings import SettingError, Settings
 
-try:
-    _settings = Settings.from_environ()
-except SettingError as _error:
-    sys.exit(str(_error))
+_settings = app.read_settings()
 
-wsgi_app = "app:get_app()"  # for other classes of worker; ours makes its own
+wsgi_app = f"{__name__}:_get_app()"  # for other classes of worker; ours makes its own
 bind = _settings.bind
 workers = 1  # SQLite has one writer; whatever WEB_CONCURRENCY says, which hosts set by themselves
 worker_class = Worker
@@ -30,9 +30,18 @@ keepalive = 75  # seconds: longer than clients and proxies keep a connection the
 timeout = 30  # seconds until a worker that does not answer is killed; a write waits 5 at most
 graceful_timeout = 30  # seconds that a running request has after TERM
 control_socket_disable = True  # it is on by default, at one path in HOME for all services
+# For the file by whose time a worker shows that it lives. On a read-only root /tmp cannot be
+# written, and maybe nothing but the database's folder.
+_MEMORY = "/dev/shm"  # noqa: S108 # the file has a random name
+worker_tmp_dir = _MEMORY if os.access(_MEMORY, os.W_OK) else os.path.dirname(_settings.database)
 access_log_format = "%(t)s %(s)s %(B)s bytes %(M)s ms"  # no URL: the path can hold a token
 
 Worker.settings = _settings
+
+
+def _get_app():
+    return app.open_app(_settings)
+
 
 _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
@@ -59,17 +68,15 @@ def on_starting(server):
     if server.cfg.reload:
         sys.exit("--reload would not load the code again, as it is loaded before the fork: restart")
     _try_to_bind(server)
-    try:
-        new, visitors = storage.prepare(_settings.database, _settings.match)
-    except storage.PrepareError as error:
-        sys.exit(str(error))
+    app.prepare(_settings)
     Worker.identity = storage.identity(_settings.database)
-    if new:
-        server.log.info("new database at %s", _settings.database)
-    else:
-        server.log.info("opened %s (%d visitors)", _settings.database, visitors)
-    if _settings.agent is None:
-        server.log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
+
+
+def when_ready(server):
+    """Say where the service answers, as the last of the start's lines."""
+    for listener in server.LISTENERS:
+        url = str(listener).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        server.log.info("answers at %s", url)
 
 
 def _try_to_bind(server):
@@ -85,7 +92,10 @@ def _try_to_bind(server):
                 trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trying.bind(name)
         except OSError as error:
-            sys.exit(f"{address[0]}:{address[1]}: cannot listen there: {error.strerror}")
+            sys.exit(
+                f"{address[0]}:{address[1]}: cannot listen there: {error.strerror};"
+                " PORT and LIVECHAT_HOST name another address"
+            )
 
 
 def nworkers_changed(server, new_value, old_value):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-import storage
-from operate import Failed, backup, check, erase, export, import_, purge, replay
-from settings import SettingError, Settings
+try:
+    import storage
+    from operate import Failed, backup, check, erase, export, import_, purge, replay, restore
+    from settings import SettingError, Settings
+except ImportError as error:  # by another Python, which lacks what is installed in the environment
+    sys.exit(f"{error}: run .venv/bin/python manage.py, which `make .venv/run` sets up")
 
 COMMANDS: dict[str, Any] = {
     "export": export,
     "import": import_,
     "backup": backup,
+    "restore": restore,
     "purge": purge,
     "erase": erase,
     "check": check,
@@ -50,6 +55,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     environ = os.environ | ({"LIVECHAT_DB": args.db} if "db" in args else {})
     try:
         args.run(args, Settings.from_environ(environ).database)
+        print(end="", flush=True)  # so that what cannot be written is a failure too
     except (Failed, *FAULTS) as error:
         return failed(args.command, str(error))
     except OSError as error:
@@ -68,7 +74,14 @@ def failed(command: str, reason: str) -> int:
 
 
 if __name__ == "__main__":
+    while (number := os.open(os.devnull, os.O_RDONLY)) < 3:
+        pass  # of a closed stdin, stdout or stderr, which no other file may get
+    os.close(number)
+    sys.stderr = sys.stderr or io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)  # so that it clears up behind itself
-    sys.exit(main())
+    status = main()
+    os._exit(status)  # as Python would try again to write what could not be written

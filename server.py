@@ -1,8 +1,8 @@
-"""gunicorn's worker: uvicorn's connections with limits, and the WSGI app in greenlets of its loop.
+"""gunicorn's worker: uvicorn's connections with limits, and a greenlet for each request of the app.
 
-A request that has come whole runs at once, in the thread of the event loop. Where it has to wait,
-for a commit or for what takes long, its greenlet gives that thread back to the loop. The writes
-that wait at the same moment share a transaction.
+A complete request runs at once, in the thread of the event loop. While it waits, for a commit or
+for a long read, its greenlet gives the thread back to the loop. The writes that wait at the same
+moment share one transaction.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ from resources.errors import (
 from settings import Settings
 from storage.database import BEGIN_RETRY, LOCKED
 
-REQUEST_TIME = 10  # seconds in which a request has to come
-ANSWER_TIME = 10  # seconds in which a client has to take its answer
-STOP_TIME = 1  # seconds in which an open connection may ask once more at a stop
-LINGER_TIME = 2  # seconds for which a client may still send after its last answer: RFC 9112, 9.6
-LINGER_BYTES = 2**23  # that it may send meanwhile
-CLOCK = 0.2  # seconds between two looks at the deadlines of all connections
-LARGEST_LINE = 8_190  # bytes of a URL, and of a header field
-LARGEST_HEAD = 65_536  # bytes
-MOST_FIELDS = 64  # in a head
-LARGEST_CHUNKED = 73_728  # bytes of a body with what is around its chunks
-MOST_EMPTY = 64  # bytes of empty lines before a request
-PIECE = 8_192  # bytes that are parsed between two looks at these limits
-ACCEPTED = 20  # connections that are accepted in one turn of the loop
-SPARE_FILES = 150  # descriptors for our own files, and for what is accepted in some turns
-MOST_WAITING = 100  # long calls that wait for the thread which makes them
-SLOW = 0.05  # seconds; after a commit on the loop that took longer, commits go into a thread
-QUICK = 100  # quick commits in a row after which they are made on the loop again
-MOST_TURNS = 3  # of the loop, for which a group waits for more writes
+REQUEST_TIME = 10  # seconds until a request that is not complete gets a 408
+ANSWER_TIME = 10  # seconds that a client has to read its answer
+STOP_TIME = 1  # seconds in which an open connection may send one more request at a stop
+LINGER_TIME = 2  # seconds for which a client may go on sending after its last answer: RFC 9112, 9.6
+MAX_LINGER = 2**23  # bytes that it may send meanwhile
+CHECK_INTERVAL = 0.2  # seconds between two checks of the deadlines of all connections
+MAX_LINE = 8_190  # bytes of a URL, and of a header field
+MAX_HEAD = 65_536  # bytes
+MAX_FIELDS = 64  # header fields of a request
+MAX_CHUNKED = 73_728  # bytes of a chunked body, its chunk headers included
+MAX_EMPTY_LINES = 64  # bytes of empty lines before a request
+MAX_PIECE = 8_192  # bytes that are parsed between two checks of these limits
+MAX_ACCEPTED = 20  # connections that are accepted in one turn of the loop
+SPARE_FILES = 150  # descriptors for our own files and for connections that are just accepted
+MAX_WAITING = 100  # long reads that wait for their thread
+SLOW_COMMIT = 0.05  # seconds; after a slower one, commits are made in a thread
+QUICK_COMMITS = 100  # in a row, after which commits are made on the loop again
+MAX_TURNS = 3  # turns of the loop for which a group waits for more writes
 
 
 class Request(greenlet):
     """The greenlet in which the app answers a request."""
 
-    waits_for: asyncio.Future[Any] | None = None  # what is not begun once its client has gone
+    waits_for: asyncio.Future[Any] | None = None  # is cancelled if the client disconnects
 
 
 def pause() -> Any:
@@ -96,19 +96,21 @@ def wait_for(awaitable: Awaitable[Any]) -> Any:
     try:
         return pause()
     finally:
-        request.waits_for = None  # which holds a whole page of a search
+        request.waits_for = None  # or the result, such as a page of a search, stays in memory
 
 
 class Turns(storage.Waiting):
-    """A greenlet waits, and the loop goes on; the writes that wait share a transaction."""
+    """A request waits in its greenlet while the loop goes on; writes share transactions."""
 
     def __init__(self) -> None:
         super().__init__()
         self._writes: list[tuple[storage.PendingWrite[Any], Any]] = []  # with their greenlets
         self._writing: asyncio.Task[None] | None = None
-        self._slow = QUICK  # how many quick commits are missing until they are made on the loop
+        # How many quick commits it takes until they are made on the loop. The first ones are not,
+        # so that a slow disk is never felt.
+        self._quick_missing = QUICK_COMMITS
         self._disk = ThreadPoolExecutor(1, "commits")
-        self._waiting = 0  # calls for the thread, and the one in it
+        self._waiting = 0  # long reads, with the one that runs
         self._thread = ThreadPoolExecutor(1, "long calls")
 
     def commit(self, database: storage.Database, write: storage.PendingWrite[Any]) -> None:
@@ -120,7 +122,7 @@ class Turns(storage.Waiting):
 
     def in_thread(self, call: Callable[[], Any]) -> Any:
         """Return the result of a call that takes long; raise `Unavailable` where too many wait."""
-        if self._waiting >= MOST_WAITING:
+        if self._waiting >= MAX_WAITING:
             raise storage.Unavailable("BusyError: too many searches wait")
         self._waiting += 1
         try:
@@ -139,12 +141,12 @@ class Turns(storage.Waiting):
     async def _write(self, database: storage.Database) -> None:
         """Commit what waits, group by group, as long as anything does."""
         while self._writes:
-            for _ in range(MOST_TURNS):  # a request takes a turn of the loop to come here
+            for _ in range(MAX_TURNS):  # a request takes a turn of the loop to come here
                 seen = len(self._writes)
                 await asyncio.sleep(0)
                 if len(self._writes) == seen:
                     break
-            # Those who are late, and those of a group, are those who came first.
+            # The writes whose deadline has passed are the first ones, and so are those of a group.
             now = time.monotonic()
             group: Any = [write for write, _ in self._writes if write.deadline < now]
             for write in group:
@@ -171,15 +173,17 @@ class Turns(storage.Waiting):
             return time.monotonic() - start
 
         loop = asyncio.get_running_loop()
-        took = await loop.run_in_executor(self._disk, timed) if self._slow else timed()
-        self._slow = QUICK if took > SLOW else max(0, self._slow - 1)
+        took = await loop.run_in_executor(self._disk, timed) if self._quick_missing else timed()
+        self._quick_missing = (
+            max(0, self._quick_missing - 1) if took <= SLOW_COMMIT else QUICK_COMMITS
+        )
 
 
 class Pipelined(Exception):
-    """A request that begins before the one ahead of it is answered."""
+    """A request that begins before the answer to the one before it."""
 
 
-FRAMING = (b"content-length", b"transfer-encoding")  # which the app gets as CONTENT_LENGTH
+FRAMING = (b"content-length", b"transfer-encoding")  # the app gets CONTENT_LENGTH instead
 REFUSAL_HEADERS = (
     ("Content-Type", "application/json"),
     ("Cache-Control", "no-store"),
@@ -197,13 +201,13 @@ ENVIRON = {
 
 
 class Connection(HttpToolsProtocol):
-    """A client's connection: one request at a time, with a limit for all that it sends or takes."""
+    """A client's connection: one request at a time, and limits for its size and its time."""
 
-    # These are the same for all connections, and set by `Worker`.
+    # The same for all connections; set by `Worker`.
     log_access: Callable[..., None] | None = None
     idle_time = 75.0  # seconds until the next request of a connection
-    most = 500  # connections at a time
-    stopping = False  # whether this process is to end
+    max_connections = 500
+    stopping = False  # whether this process is about to end
 
     def connection_made(  # type: ignore[override] # as uvicorn's own, it is never for datagrams
         self, transport: asyncio.Transport
@@ -211,37 +215,40 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
         self.request: Request | None = None
-        self.since = self.loop.time()  # when a whole request was there, or at first the connection
-        self.deaf = self.ended = self.keep_alive = False
-        self.next_request(REQUEST_TIME)
+        self.last_request = self.loop.time()  # when it was complete; at first, of the connection
+        self.discards = False  # whether what still comes is thrown away
+        self.eof = False  # whether the client has ended its sending side
+        self.keep_alive = False
+        self.await_request(REQUEST_TIME)
         if self.stopping:
             self.shutdown()
         everyone: Any = self.connections
-        if len(everyone) > self.most:  # this is the newest, so it ends only where all others run
+        if len(everyone) > self.max_connections:
+            # This one is the newest, and so the last to be closed.
             others = (one for one in everyone if one.phase != "running")
-            longest = min(others, key=lambda one: one.since)
-            everyone.discard(longest)  # now, and not when asyncio has closed it
+            longest = min(others, key=lambda one: one.last_request)
+            everyone.discard(longest)  # at once; asyncio takes a turn of the loop to close it
             longest.transport.abort()
 
-    def next_request(self, seconds: float) -> None:
+    def await_request(self, seconds: float) -> None:
         """Wait for the next request for so many seconds."""
         self.enter("idle", seconds)
-        self.begun = self.in_head = self.resuming = self.upgraded = self.whole = False
-        self.size = 0  # bytes of the head so far, and after it of what follows
-        self.body: bytearray | None = bytearray()  # None: it is too large
+        self.started = self.in_head = self.resuming = self.upgraded = self.complete = False
+        self.size = 0  # bytes of the head so far; behind it, of the rest of the request
+        self.body: bytearray | None = bytearray()  # None where it is too large
 
     def enter(
         self, phase: Literal["idle", "receiving", "running", "sending", "closing"], seconds: float
     ) -> None:
-        """Wait for so long for a request, its rest, the app, a taken answer, or the end."""
+        """Begin a phase, which may take so many seconds."""
         self.phase = phase
-        self.deadline = self.loop.time() + seconds
+        self.deadline = self.loop.time() + seconds  # by the loop's clock
 
     def check(self, now: float) -> None:
-        """End what has taken too long; `now` is a time of the loop."""
+        """End a phase that has taken too long; `now` is a time of the loop's clock."""
         if now < self.deadline:
             return
-        if self.phase == "receiving" and self.begun:
+        if self.phase == "receiving" and self.started:
             self.refuse(refusal("error-request-timeout"))
         else:
             self.transport.abort()
@@ -254,22 +261,22 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.phase == "closing":
             self.size += len(data)
-            if self.size > LINGER_BYTES:
+            if self.size > MAX_LINGER:
                 self.transport.abort()
             return
         if self.phase in ("running", "sending"):
-            self.listen_no_more()
+            self.read_no_more()
             return
         try:
-            for start in range(0, len(data), PIECE):
-                self.parse(data[start : start + PIECE])
-                if self.deaf:
+            for start in range(0, len(data), MAX_PIECE):
+                self.parse(data[start : start + MAX_PIECE])
+                if self.discards:
                     break
         except Refusal as refused:
             self.refuse(refused)
             return
-        if self.whole:
-            self.since = self.loop.time()
+        if self.complete:
+            self.last_request = self.loop.time()
             self.enter("running", float("inf"))
             self.request = Request(self.answer)
             self.request.switch()
@@ -283,40 +290,42 @@ class Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
                 rest = b""
-            except HttpParserUpgrade as upgrade:  # it drops the body, so another parser reads that
+            except (
+                HttpParserUpgrade
+            ) as upgrade:  # another parser reads the body, as this one skips it
                 rest = piece[upgrade.args[0] :]
                 self.parser = HttpRequestParser(self)
                 self.resuming = True
                 self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.framing + b"\r\n\r\n")
             self.parser.feed_data(rest)
         except HttpParserError as error:
-            reason = error.__context__  # what a callback has raised
+            reason = error.__context__  # what a callback raised
             try:
                 if isinstance(reason, Refusal):
                     raise reason from None
-                if isinstance(reason, Pipelined) or self.whole:
-                    self.listen_no_more()
-                elif self.begun and not self.in_head:
+                if isinstance(reason, Pipelined) or self.complete:
+                    self.read_no_more()
+                elif self.started and not self.in_head:
                     raise refusal("error-incomplete-body") from None
                 else:
                     raise invalid_request("not HTTP", error) from None
             finally:
-                del reason  # or a cycle of the error and this frame would keep the piece in memory
-        if not self.begun and self.size > MOST_EMPTY:
+                del reason  # or a reference cycle would keep the piece in memory
+        if not self.started and self.size > MAX_EMPTY_LINES:
             raise invalid_request("empty lines")
         if self.in_head:
             self.check_head(self.size)
-        elif self.size > LARGEST_CHUNKED and not self.whole:
+        elif self.size > MAX_CHUNKED and not self.complete:
             self.drop_body()
 
-    # What the parser calls. It keeps what these raise as the context of its own error.
+    # The parser's callbacks. What they raise becomes the context of the parser's own error.
 
     def on_message_begin(self) -> None:
         if self.resuming:
             return
-        if self.begun:
+        if self.started:
             raise Pipelined
-        self.begun = self.in_head = True
+        self.started = self.in_head = True
         self.parsed = 0  # bytes of the head
         self.url = b""
         self.headers = []
@@ -324,25 +333,25 @@ class Connection(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         if self.in_head:
             self.url += url
-            if len(self.url) > LARGEST_LINE:
-                raise invalid_request("long URL", LARGEST_LINE)
+            if len(self.url) > MAX_LINE:
+                raise invalid_request("long URL", MAX_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:  # a trailer
             return
         size = len(name) + len(value) + 4
         self.parsed += size
-        if size > LARGEST_LINE:
-            raise invalid_request("large field", LARGEST_LINE)
-        if len(self.headers) == MOST_FIELDS:
-            raise invalid_request("many fields", MOST_FIELDS)
+        if size > MAX_LINE:
+            raise invalid_request("large field", MAX_LINE)
+        if len(self.headers) == MAX_FIELDS:
+            raise invalid_request("many fields", MAX_FIELDS)
         self.check_head(self.parsed)
         self.headers.append((name.lower(), value))
 
     def check_head(self, size: int) -> None:
-        """Raise `Refusal` for a head of so many bytes if that is too large."""
-        if size > LARGEST_HEAD:
-            raise invalid_request("large head", LARGEST_HEAD)
+        """Raise `Refusal` if a head of `size` bytes is too large."""
+        if size > MAX_HEAD:
+            raise invalid_request("large head", MAX_HEAD)
 
     def on_headers_complete(self) -> None:
         if self.resuming:
@@ -356,7 +365,7 @@ class Connection(HttpToolsProtocol):
         self.upgraded = self.parser.should_upgrade()
         last = self.upgraded or self.version == "1.0" or not self.parser.should_keep_alive()
         self.keep_alive = not last
-        # The parser has seen that this is a number, and not there beside a Transfer-Encoding.
+        # The parser has checked that it is a number, and that there is no Transfer-Encoding too.
         length = fields.get(b"content-length", b"0")
         chunked = b"transfer-encoding" in fields
         self.framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: " + length
@@ -366,7 +375,7 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def check_fields(self, fields: dict[bytes, bytes]) -> None:
-        """Raise `Refusal` for what the parser lets pass."""
+        """Raise `Refusal` for header fields that are wrong though the parser accepts them."""
         if len(fields) < len(self.headers):
             names = [name for name, _ in self.headers]
             for name in (b"host", b"content-type", b"transfer-encoding", b"expect"):
@@ -395,29 +404,29 @@ class Connection(HttpToolsProtocol):
                 self.drop_body()
 
     def on_message_complete(self) -> None:
-        self.whole = self.whole or not self.upgraded
-        self.upgraded = False  # the body comes from the other parser
-        self.keep_alive &= self.parser.should_keep_alive()  # which a trailer can change
+        self.complete = self.complete or not self.upgraded
+        self.upgraded = False  # from now on the other parser reads
+        self.keep_alive &= self.parser.should_keep_alive()  # a trailer can change it
 
     def drop_body(self) -> None:
-        """Let the app see a body that is too large, and throw away the rest of it."""
+        """Hand a body that is too large over to the app as that, and throw away the rest of it."""
         self.body = None
-        self.whole = True
-        self.listen_no_more()
+        self.complete = True
+        self.read_no_more()
 
-    def listen_no_more(self) -> None:
-        """Answer what was asked, then close; throw away what still comes."""
-        self.deaf = True
+    def read_no_more(self) -> None:
+        """Throw away what still comes, and close after the answer."""
+        self.discards = True
         self.keep_alive = False
 
     def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own returns it too
-        """Return whether the connection stays open, for the answer."""
-        self.ended = True
-        if self.phase == "receiving" and self.begun and not self.in_head:
+        """Return whether the connection stays open, for an answer."""
+        self.eof = True
+        if self.phase == "receiving" and self.started and not self.in_head:
             self.refuse(refusal("error-incomplete-body"))
             return True
         if self.phase in ("running", "sending"):
-            self.listen_no_more()
+            self.read_no_more()
             return True
         return False
 
@@ -445,7 +454,7 @@ class Connection(HttpToolsProtocol):
                     for name, value in self.headers
                 ]
                 self.log_access(said, SimpleNamespace(headers=asked), environ, took)
-        except Exception as error:  # which has to end here, and not where the greenlet is resumed
+        except Exception as error:  # else it would be raised wherever the greenlet is resumed
             log_unforeseen(error)
             self.transport.abort()
 
@@ -476,9 +485,9 @@ class Connection(HttpToolsProtocol):
         return environ
 
     def refuse(self, refused: Refusal) -> None:
-        """Answer what the app does not see, and close."""
+        """Answer a request that the app never sees, and close."""
         log.warning("Refused with %d: %s", refused.status, refused.body["error"])
-        self.listen_no_more()
+        self.read_no_more()
         body = to_json(refused.body)
         headers = [*REFUSAL_HEADERS, ("Content-Length", str(len(body)))]
         self.send(falcon.code_to_http_status(refused.status), headers, body)
@@ -492,7 +501,7 @@ class Connection(HttpToolsProtocol):
         if head.count("\n") != len(lines) - 1:
             raise ValueError("a header with a line break")
         date = b"".join(b"\r\n%s: %s" % field for field in self.server_state.default_headers)
-        self.next_request(self.idle_time)
+        self.await_request(self.idle_time)
         self.transport.write(head.encode("latin-1") + date + b"\r\n\r\n" + body)
         if self.transport.get_write_buffer_size():
             self.enter("sending", ANSWER_TIME)
@@ -500,8 +509,8 @@ class Connection(HttpToolsProtocol):
             self.end()
 
     def end(self) -> None:
-        """Close; but let a client that may still send read its answer first."""
-        if self.deaf and not self.ended:
+        """Close, but only after a client that is still sending could read its answer."""
+        if self.discards and not self.eof:
             self.enter("closing", LINGER_TIME)
             with suppress(OSError):
                 self.transport.write_eof()
@@ -516,44 +525,44 @@ class Connection(HttpToolsProtocol):
                 self.end()
 
     def shutdown(self) -> None:
-        """Let an open connection ask once more at a stop; uvicorn calls this."""
+        """Allow one more request before a stop; uvicorn calls this."""
         if self.phase == "idle":
             self.deadline = min(self.deadline, self.loop.time() + STOP_TIME)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; it looks at all deadlines, and ends in order."""
+    """uvicorn's server, which also checks all deadlines and closes the database at a stop."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker.config)
         self._worker = worker
-        self._tidied = 0.0
+        self._looked_after = 0.0
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Stop at a signal, and begin to look; uvicorn would raise the signal again in the end."""
+        """Stop at a signal, and start the checks; uvicorn's own would raise the signal again."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(report)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
-        loop.call_soon(self._look)
+        loop.call_soon(self._check_all)
         yield
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        """Serve; accept no more in a turn than there is room for."""
+        """Listen, but accept only as many connections in a turn as there are descriptors for."""
         await super().startup(sockets)
-        for listener in sockets or ():  # asyncio has told the kernel `ACCEPTED`
+        for listener in sockets or ():  # asyncio made the backlog `MAX_ACCEPTED`
             listener.listen(self._worker.cfg.backlog)
 
-    def _look(self) -> None:
+    def _check_all(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(CLOCK, self._look)
+        loop.call_later(CHECK_INTERVAL, self._check_all)
         now = loop.time()
         connections: Any = list(self.server_state.connections)
         for connection in connections:
             connection.check(now)
-        if now - self._tidied > 1:
-            self._tidied = now
+        if now - self._looked_after > 1:
+            self._looked_after = now
             self._worker.notify()  # or the master would end this process
             Request(self._look_after_database).switch()
             if os.getppid() != self._worker.ppid:  # the master has ended
@@ -563,19 +572,19 @@ class Server(uvicorn.Server):
         try:
             self._worker.database.look_after()
         except storage.Unavailable:
-            pass  # of which the next request tells
+            pass  # the next request logs it
         except Exception as error:
             log_unforeseen(error)
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        """Answer what was asked, and then close the database, which moves its WAL into it."""
+        """Finish the running requests; then close the database, which moves the WAL into it."""
         Connection.stopping = True
         await super().shutdown(sockets)
         self._worker.database.close()
 
 
 def report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log a fault in the loop itself, without what it says of a client."""
+    """Log an error of the loop itself, without data of a client."""
     error = context.get("exception")
     if isinstance(error, OSError):  # such as no more files for connections
         log.error("%s: %s", context["message"], error.strerror)
@@ -591,7 +600,7 @@ class Worker(UvicornWorker):  # type: ignore[misc] # it has no types
         "loop": "asyncio",
         "lifespan": "off",
         "ws": "none",
-        "interface": "asgi3",  # `Connection` alone calls the app, as the WSGI application it is
+        "interface": "asgi3",  # uvicorn never calls the app; `Connection` does, as a WSGI app
         "access_log": False,
         "proxy_headers": False,
         "server_header": False,
@@ -602,7 +611,7 @@ class Worker(UvicornWorker):  # type: ignore[misc] # it has no types
     def load_wsgi(self) -> None:
         """Open the database, and make the app that serves it."""
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        # What no line of the log shows need not be found out: "Optimization" in logging's HOWTO.
+        # No log line shows these, so they need not be looked up: "Optimization" in logging's HOWTO.
         logging.logThreads = logging.logMultiprocessing = False
         logging._srcfile = None  # which the HOWTO names
         Connection.idle_time = self.cfg.keepalive
@@ -610,20 +619,20 @@ class Worker(UvicornWorker):  # type: ignore[misc] # it has no types
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         soft = max(soft, min(hard, 2 * self.cfg.worker_connections + SPARE_FILES))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        Connection.most = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
+        Connection.max_connections = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
         path = self.settings.database
         self.database = storage.Database(path, Turns(), self.identity)
         try:
             self.database.open()
         except storage.Unavailable as fault:
-            log_unavailable(fault)  # and serve: it may be put back
+            log_unavailable(fault)  # and serve, as the files may be put back
         self.wsgi = app.serve(self.database, self.settings)
-        # A request leaves next to no cycles. Looking for them, among what is there from the start
-        # too, took a tenth of the CPU, and made the slowest answers half as slow again.
+        # A request leaves next to no reference cycles. Searching for them, also in what is there
+        # from the start, took a tenth of the CPU and made the slowest answers half as slow again.
         gc.freeze()
         gc.set_threshold(5_000, 10, 10)
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
-        self.config.backlog = ACCEPTED
+        self.config.backlog = MAX_ACCEPTED
         await Server(self).serve(sockets=self.sockets)

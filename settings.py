@@ -4,87 +4,85 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from ipaddress import IPv6Address
+from typing import Any
 
 VERSION = "0.1.0"  # of this service
 
 # What makes two registrations one visitor; the order is the order of looking.
 MATCH_FORMS = ("token", "token,phone", "token,email", "token,phone,email")
 
+# What env files, shells and editors leave in a value: a pattern, and what it says of the value.
+LEFTOVERS = {
+    "[\ud800-\udfff]": "is not UTF-8",  # how Python reads other bytes
+    r"^\s|\s$": "begins or ends with a blank or a line break",
+    "^['\"]|['\"]$": "begins or ends with a quote, which would be a part of it",
+    r"\s#(\s|$)": "contains a comment, which would be a part of it",
+    "[\x00-\x1f\x7f]": "contains a control character",
+}
+# What is not the path of a file.
+NOT_A_PATH = {
+    "^$": "is empty",
+    "^:memory:$": "is not a file, and would be lost with the process",
+    "^[A-Za-z][A-Za-z0-9+.-]*://|^(file|sqlite):": "is a URL",
+    r"^[A-Za-z]:|\\": "is a path of Windows",
+    r"^~|\$|^%": "begins with ~ or % or contains $, which are not replaced here",
+    r"\s#": "contains a comment, which would be a part of it",
+    "/$": "is a folder",
+}
+# What Kubernetes sets in every container, for a Service whose name begins with "livechat".
+KUBERNETES = re.compile(
+    r"LIVECHAT_(\w+_)?(SERVICE_(HOST|PORT\w*)=|PORT_\d+_(TCP|UDP|SCTP)\w*=|PORT=\w+://).*"
+)
+
 
 class SettingError(Exception):
-    """A value that cannot be meant: one line that names the variable and the reason."""
+    """An environment variable has an invalid value or name: one line that says which and why."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What can be configured; every default is the contract's."""
-
-    bind: str = "127.0.0.1:3000"  # PORT and LIVECHAT_HOST; gunicorn judges it
-    database: str = "livechat.db"  # LIVECHAT_DB
-    match: tuple[str, ...] = ("token",)  # LIVECHAT_MATCH
-    departments: Mapping[str, str] = field(default_factory=dict)  # id or name -> id; empty: any
-    custom_fields: frozenset[str] = frozenset()  # the keys that are kept; empty: any
-    # The user id and the token of the read side; none: nobody reads. Never shown.
-    agent: tuple[str, str] | None = field(default=None, repr=False)
-    cors_origins: str | tuple[str, ...] = "*"  # "*", or the origins whose pages may ask
-    rate_limit: int | None = None  # calls a minute of one client to one route; none: any number
-    trusted_proxies: int = 0  # in front of us, each of which appends to X-Forwarded-For
-
-    @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `environ`; raise `SettingError` for a value that cannot be meant."""
-
-        def read(name: str, default: str = "") -> str:
-            value = environ.get(name, default)
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise SettingError(f"{name}: not UTF-8") from None
-            return value
-
-        return cls(
-            bind=_bind(read("LIVECHAT_HOST"), read("PORT")),
-            database=_database(read("LIVECHAT_DB", cls.database)),
-            match=_match(read("LIVECHAT_MATCH") or "token"),
-            departments=_departments(read("LIVECHAT_DEPARTMENTS")),
-            custom_fields=frozenset(_items(read("LIVECHAT_CUSTOM_FIELDS"))),
-            agent=_agent(read("LIVECHAT_AGENT")),
-            cors_origins=_origins(read("LIVECHAT_CORS_ORIGINS") or "*"),
-            rate_limit=_number("LIVECHAT_RATE_LIMIT", read("LIVECHAT_RATE_LIMIT"), 1),
-            trusted_proxies=_number("LIVECHAT_TRUSTED_PROXIES", read("LIVECHAT_TRUSTED_PROXIES"), 0)
-            or 0,
-        )
+# A parser raises ValueError with what is wrong, to be read after the value.
 
 
-def _items(value: str) -> list[str]:
-    return [item.strip() for item in value.split(",") if item.strip()]
+def _refuse(value: str, patterns: Mapping[str, str]) -> None:
+    for pattern, problem in patterns.items():
+        if re.search(pattern, value):
+            raise ValueError(problem)
 
 
-def _bind(host: str, port: str) -> str:
-    # A host that sets PORT routes to it from outside; without one this is somebody's laptop.
-    host = host or ("0.0.0.0" if port else "127.0.0.1")
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    if port.isdecimal() and int(port) > 65_535:  # of which gunicorn makes a traceback, and late
-        raise SettingError(f"PORT: {port!r} is not a port, which ends at 65535")
-    return f"{host}:{port or 3000}"
+def _items(value: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
-def _database(path: str) -> str:
-    if not path.strip():
-        raise SettingError("LIVECHAT_DB: the name is empty")
-    if path == ":memory:" or path.startswith("file:"):
-        # It would be lost with the process.
-        raise SettingError(f"LIVECHAT_DB: {path!r} is not a file; give the path of one")
-    return os.path.realpath(path)  # SQLite's WAL is beside the file itself
+def _number(least: int, most: int, value: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", value) or not least <= int(value) <= most:
+        raise ValueError("is not valid")
+    return int(value)
+
+
+def _host(value: str) -> str:
+    if ":" in value:
+        try:
+            return f"[{IPv6Address(value.removeprefix('[').removesuffix(']'))}]"
+        except ValueError:
+            raise ValueError("is not valid") from None
+    if not re.fullmatch(r"[\w.-]+", value):
+        raise ValueError("is not valid")
+    return value
+
+
+def _database(value: str) -> str:
+    _refuse(value, NOT_A_PATH)
+    return os.path.realpath(value)  # SQLite's WAL is beside the file itself
 
 
 def _match(value: str) -> tuple[str, ...]:
-    form = tuple(_items(value))
+    form = _items(value)
     if ",".join(form) not in MATCH_FORMS:
-        raise SettingError(f"LIVECHAT_MATCH: {value!r} is none of {' | '.join(MATCH_FORMS)}")
+        raise ValueError("is not valid")
     return form
 
 
@@ -95,18 +93,18 @@ def _departments(value: str) -> dict[str, str]:
         id_, colon, name = (part.strip() for part in item.partition(":"))
         name = name if colon else id_
         if not id_ or not name:
-            raise SettingError(f"LIVECHAT_DEPARTMENTS: {item!r} is not id:name")
+            raise ValueError(f"lacks the id or the name in {item!r}")
         if id_ in ids or name in names:
-            raise SettingError(f"LIVECHAT_DEPARTMENTS: {item!r} stands there twice")
+            raise ValueError(f"has the id or the name of {item!r} twice")
         ids[id_] = names[name] = id_
     return names | ids  # an id wins over another department's name
 
 
-def _agent(value: str) -> tuple[str, str] | None:
+def _agent(value: str) -> tuple[str, str]:
     user_id, _, token = value.partition(":")
-    if value and not (user_id and token):
-        raise SettingError("LIVECHAT_AGENT: not userId:authToken, both not empty")
-    return (user_id, token) if value else None
+    if not (user_id and token):
+        raise ValueError("lacks the colon, or what is before or after it")
+    return user_id, token
 
 
 def _origins(value: str) -> str | tuple[str, ...]:
@@ -115,15 +113,126 @@ def _origins(value: str) -> str | tuple[str, ...]:
         return "*"
     for origin in origins:
         if not re.fullmatch("[a-z][a-z0-9+.-]*://[^/?#@*\\s]+", origin):
-            raise SettingError(
-                f"LIVECHAT_CORS_ORIGINS: {origin!r} is no origin such as https://example.org"
-            )
+            raise ValueError(f"contains {origin!r}, which is no origin")
     return origins
 
 
-def _number(name: str, value: str, least: int) -> int | None:
-    if not value.strip():
-        return None
-    if not re.fullmatch("[0-9]{1,9}", value.strip()) or int(value) < least:
-        raise SettingError(f"{name}: {value!r} is not a number from {least} on")
-    return int(value)
+def _variable(name: str, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
+    return {"name": name, "parse": parse, "form": form}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be configured; every default is the contract's."""
+
+    port: int | None = field(
+        default=None,  # 3000, for this machine alone
+        metadata=_variable("PORT", partial(_number, 0, 65_535), "a number from 0 to 65535"),
+    )
+    host: str | None = field(
+        default=None,
+        metadata=_variable("LIVECHAT_HOST", _host, "an IP address or a host's name, without port"),
+    )
+    database: str = field(
+        default_factory=partial(_database, "livechat.db"),
+        metadata=_variable(
+            "LIVECHAT_DB", _database, "the path of a file, such as /var/lib/livechat/livechat.db"
+        ),
+    )
+    match: tuple[str, ...] = field(
+        default=("token",), metadata=_variable("LIVECHAT_MATCH", _match, " | ".join(MATCH_FORMS))
+    )
+    departments: Mapping[str, str] = field(  # id or name -> id; empty: any
+        default_factory=dict,
+        metadata=_variable("LIVECHAT_DEPARTMENTS", _departments, "id:name,... or name,..."),
+    )
+    custom_fields: frozenset[str] = field(  # the keys that are kept; empty: any
+        default=frozenset(),
+        metadata=_variable(
+            "LIVECHAT_CUSTOM_FIELDS", lambda value: frozenset(_items(value)), "key,..."
+        ),
+    )
+    # The user id and the token of the read side; none: nobody reads. Never shown.
+    agent: tuple[str, str] | None = field(
+        default=None, repr=False, metadata=_variable("LIVECHAT_AGENT", _agent, "userId:authToken")
+    )
+    cors_origins: str | tuple[str, ...] = field(  # "*", or the origins whose pages may ask
+        default="*",
+        metadata=_variable(
+            "LIVECHAT_CORS_ORIGINS", _origins, "* or origins such as https://example.org,..."
+        ),
+    )
+    rate_limit: int | None = field(  # calls a minute of one client to one route; none: any number
+        default=None,
+        metadata=_variable(
+            "LIVECHAT_RATE_LIMIT", partial(_number, 1, 10**9), "a whole number from 1 on"
+        ),
+    )
+    trusted_proxies: int = field(  # in front of us, each of which appends to X-Forwarded-For
+        default=0,
+        metadata=_variable(
+            "LIVECHAT_TRUSTED_PROXIES", partial(_number, 0, 10**9), "a whole number from 0 on"
+        ),
+    )
+    configured: tuple[str, ...] = ()  # NAME=value of each variable that is set; no secret
+    unknown: tuple[str, ...] = ()  # the names of variables that look like ours and are not
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read `environ`; raise `SettingError` for an invalid value or a misspelled name."""
+        unknown = _unknown(environ)
+        values: dict[str, Any] = {}
+        configured = []
+        for name, variable in VARIABLES.items():
+            value = environ.get(name)
+            if value is None or (not value and name != "LIVECHAT_DB"):
+                continue  # an empty value counts as not set, but for the database
+            secret = not variable.repr
+            try:
+                _refuse(value, LEFTOVERS)
+                values[variable.name] = variable.metadata["parse"](value)
+            except ValueError as problem:
+                raise SettingError(
+                    f"{name}: {'its value' if secret else repr(value)} {problem};"
+                    f" it has to be {variable.metadata['form']}"
+                ) from None
+            configured.append(f"{name}={'(not shown)' if secret else value}")
+        return cls(**values, configured=tuple(configured), unknown=unknown)
+
+    @property
+    def bind(self) -> str:
+        """Where to listen, as gunicorn takes it."""
+        # A host that sets PORT routes to it from outside; without one this is somebody's laptop.
+        host = self.host or ("127.0.0.1" if self.port is None else "0.0.0.0")
+        return f"{host}:{3000 if self.port is None else self.port}"
+
+
+VARIABLES = {
+    variable.metadata["name"]: variable for variable in fields(Settings) if variable.metadata
+}
+# Those of livechat_standin.py are not read here.
+KNOWN = (*VARIABLES, "LIVECHAT_STANDIN", "LIVECHAT_STANDIN_HOME")
+# How somebody may begin to write each of them after LIVECHAT_.
+SHORT = {"DATABASE": "LIVECHAT_DB"} | {name.removeprefix("LIVECHAT_"): name for name in KNOWN}
+
+
+def _unknown(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the unknown names that begin with LIVECHAT_; raise for one that is nearly known."""
+    unknown = []
+    for name, value in sorted(environ.items()):
+        short = name.upper().removeprefix("LIVECHAT_")
+        if short == name.upper() or name in KNOWN or KUBERNETES.fullmatch(f"{name}={value}"):
+            continue
+        close = get_close_matches(short, SHORT, cutoff=0.75)
+        # LIVECHAT_DB_PATH is LIVECHAT_DB, unless that is set too.
+        close += [
+            known
+            for known in SHORT
+            if (known.startswith(short) or short.startswith(known)) and SHORT[known] not in environ
+        ]
+        if close:
+            raise SettingError(
+                f"{name}: there is no such variable; did you mean {SHORT[close[0]]}?"
+            )
+        unknown.append(name)
+    return tuple(unknown)

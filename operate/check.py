@@ -6,16 +6,15 @@ import argparse
 import os
 import sys
 from contextlib import closing
-from typing import Any
 
 import apsw
 
 from operate import Failed, megabytes, some
-from operate.database import count, look, problems
+from operate.database import count, problems, schema_version
 from storage.database import Unavailable, check_sizes, connect, describe, pages_in_wal
 from storage.migrations import PrepareError, check_sqlite, newest
 
-ABOUT = "look the database through, and say what to do; exit status 1 with any finding"
+ABOUT = "check the whole database, and say what to do; exit status 1 with any finding"
 EXAMPLE = "check"
 LEAST_FREE = 100 * 2**20  # bytes on the disk, below which `check` says so; more for a large file
 MUCH_WAL = 64 * 2**20  # bytes; the service keeps it below 32 MiB where nobody reads for long
@@ -26,66 +25,45 @@ def arguments(_parser: argparse.ArgumentParser) -> None:
 
 
 def run(_args: argparse.Namespace, database: str) -> None:
-    """Look the database through."""
-    if sys.stderr.isatty():
-        print("looking through every page ...", end="\r", file=sys.stderr, flush=True)
-    found = examine(database)
+    """Print what there is to say about the database; raise `Failed` with any finding."""
     findings = []
-    if found["problems"]:
-        findings.append(
-            f"damaged, first of all {found['problems'][0]}: stop the service and restore a backup"
-        )
-    if found["version"] < found["newest"]:
-        versions = f"{found['version']}, of {found['newest']}"
-        findings.append(f"schema version {versions}: restart the service, which brings it up")
-    if found["sqlite"]:
-        findings.append(found["sqlite"])
-    least = max(LEAST_FREE, found["size"])
-    if found["free"] < least:
-        free = f"{megabytes(found['free'])} free on its disk"
-        findings.append(f"{free}: make room until there are {megabytes(least)}")
-    if found["wal"] > MUCH_WAL:
-        findings.append(
-            f"{megabytes(found['wal'])} in the WAL: end what reads an older state for so long,"
-            " such as an export or a shell"
-        )
-    for finding in findings:
-        print(finding)
-    if findings:
-        raise Failed(f"{len(findings)} finding{'s' * (len(findings) > 1)}")
-    print(
-        f"sound: {some(found['visitors'])}, schema version {found['version']},"
-        f" {megabytes(found['size'])}, {megabytes(found['wal'])} in the WAL,"
-        f" {megabytes(found['free'])} free"
-    )
-
-
-def examine(path: str) -> dict[str, Any]:
-    """Return what there is to say about the database; raise `PrepareError` or `Unavailable`.
-
-    `problems` are those of the file, in SQLite's words; `sqlite` is "" where its version is sound;
-    sizes are in bytes, that of the WAL of the part in use.
-    """
     try:
         check_sqlite(apsw.sqlite_lib_version())
-        sqlite = ""
     except PrepareError as error:
-        sqlite = str(error)
-    look(path)
-    disk = os.statvfs(os.path.dirname(path))
+        findings.append(str(error))
+    version = schema_version(database)
+    if version < newest():
+        versions = f"{version}, of {newest()}"
+        findings.append(f"schema version {versions}: restart the service, which brings it up")
+    if sys.stderr.isatty():
+        print("checking every page ...", end="\r", file=sys.stderr, flush=True)
     try:
-        with closing(connect(path)) as connection:
-            check_sizes(connection, path)
-            found = problems(connection)
-            return {
-                "problems": found,
-                "version": connection.pragma("user_version"),
-                "newest": newest(),
-                "sqlite": sqlite,
-                "free": disk.f_bavail * disk.f_frsize,
-                "size": os.stat(path).st_size,
-                "wal": max(0, pages_in_wal(connection)) * connection.pragma("page_size"),
-                "visitors": 0 if found else count(connection),
-            }
+        with closing(connect(database)) as connection:
+            check_sizes(connection, database)
+            damage = problems(connection)
+            visitors = 0 if damage else count(connection)
+            wal = max(0, pages_in_wal(connection)) * connection.pragma("page_size")
     except apsw.Error as fault:
         raise Unavailable(describe(fault)) from fault
+    if damage:
+        first = f"damaged, first of all {damage[0]}"
+        findings.append(f"{first}: stop the service and restore a backup")
+    size = os.stat(database).st_size
+    disk = os.statvfs(os.path.dirname(database))
+    free = disk.f_bavail * disk.f_frsize
+    least = max(LEAST_FREE, size)
+    if free < least:
+        room = f"make room until there are {megabytes(least)}"
+        findings.append(f"{megabytes(free)} free on its disk: {room}")
+    if wal > MUCH_WAL:
+        findings.append(
+            f"{megabytes(wal)} in the WAL: end what reads an older state for so long,"
+            " such as an export or a shell"
+        )
+    if findings:
+        print(*findings, sep="\n")
+        raise Failed(f"{len(findings)} finding{'s' * (len(findings) > 1)}")
+    print(
+        f"sound: {some(visitors)}, schema version {version}, {megabytes(size)},"
+        f" {megabytes(wal)} in the WAL, {megabytes(free)} free"
+    )

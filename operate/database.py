@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -13,26 +12,12 @@ from typing import TypeVar
 import apsw
 
 from operate import Failed
-from storage.database import (
-    Database,
-    Unavailable,
-    check_sizes,
-    connect,
-    describe,
-    transaction,
-)
-from storage.migrations import (
-    PrepareError,
-    check_found,
-    newest,
-    refusals,
-    version_of,
-)
+from storage.database import Database, Unavailable, check_sizes, connect, describe, transaction
+from storage.migrations import PrepareError, check_found, newest, refusals, version_of
 
 SLICE = 0.02  # seconds that one of many write transactions takes
 PAUSE = 0.005  # seconds between two of them, in which others who wait to write can begin
-PAGES = 4000  # of a backup from one report of progress to the next
-FORGETTING = 30  # seconds that deleted bytes may take to be gone, as long as others read them
+FORGETTING = 30  # seconds to wait for other programs, until deleted bytes are gone
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -45,7 +30,7 @@ def snapshot(path: str, older: bool = False) -> Generator[apsw.Connection]:
     As long as this lasts no WAL can begin anew, so it grows with all that others write.
     Raise `PrepareError`, also for an `older` schema unless that will do, or `Unavailable`.
     """
-    (look if older else _check_newest)(path)
+    (schema_version if older else _check_newest)(path)
     try:
         with closing(connect(path)) as connection:
             check_sizes(connection, path)  # which cannot be inside a transaction
@@ -67,7 +52,7 @@ def writable(path: str) -> Database:
 
 def _check_newest(path: str) -> None:
     """Raise `PrepareError` where the database at `path` is not of the newest schema."""
-    if look(path) < newest():
+    if schema_version(path) < newest():
         raise PrepareError(f"{path}: of an older version; a start of the service brings it up")
 
 
@@ -120,18 +105,21 @@ def last_guest(connection: apsw.Connection) -> int:
     return int(connection.execute("SELECT last FROM guest").get)
 
 
-def forget(database: Database) -> bool:
-    """Let all that was deleted be gone from the files; return whether it is.
+def forget(database: Database) -> None:
+    """Let the bytes of all that was deleted be gone from the files.
 
-    It is not where another program reads an older state all the time.
+    Raise `Failed` where another program still reads an older state after `FORGETTING`.
     """
     deadline = time.monotonic() + FORGETTING
     database.write(lambda _: None, erases=True)
     while not database.tidy():
         if time.monotonic() > deadline:
-            return False
+            raise Failed(
+                "their bytes are still in the files, as another program reads an older state (an"
+                " export, a shell, Litestream): end it and run this again, or the running service"
+                " takes them away once it has ended"
+            )
         time.sleep(0.5)
-    return True
 
 
 def problems(connection: apsw.Connection) -> list[str]:
@@ -143,36 +131,22 @@ def problems(connection: apsw.Connection) -> list[str]:
     return [str(text).splitlines()[0] for (text,) in found if text != "ok"]
 
 
-def look(path: str) -> int:
+def schema_version(path: str) -> int:
     """Return the version of the schema of the database at `path`, which is left as it is.
 
     Raise `PrepareError` where there is none, or one that is not ours, too new or out of reach.
     """
     with refusals(path):
-        if not stat.S_ISREG(_mode(path)):
-            raise PrepareError(f"{path}: not a regular file")
         check_found(path)
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise PrepareError(f"{path}: there is no database") from None
+        if not stat.S_ISREG(mode):
+            kind = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
+            raise PrepareError(f"{path}: {kind}")
         with closing(connect(path)) as connection:
             version = version_of(connection, path)
     if not version:
         raise PrepareError(f"{path}: an empty file, and no database yet")
     return version
-
-
-def _mode(path: str) -> int:
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise PrepareError(f"{path}: there is no database") from None
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    return mode
-
-
-def told(forgotten: bool) -> None:
-    """Raise `Failed` where the deleted bytes are still in the WAL."""
-    if not forgotten:
-        raise Failed(
-            "their bytes are still in the WAL, as another program reads an older state:"
-            " the running service takes them away after that, or run this again"
-        )

@@ -1,8 +1,13 @@
-"""Files that a command writes: private, and whole or not there."""
+"""Files that a command writes: private, and whole or not there.
+
+The user of the service may write the folder of the database, in which root runs commands: no link
+or pipe of another user is followed or opened, nor one that comes in between.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -10,21 +15,23 @@ from typing import BinaryIO
 
 from operate import Failed
 
+PARTS = ("-journal", "-wal", "-shm")  # what SQLite appends to the name of a database
+
 
 @contextmanager
-def output(path: str | None, database: str) -> Generator[BinaryIO]:
-    """Yield a file to write to: stdout, a pipe or device, or a file that is whole or not there."""
-    if path is None:
-        with open(1, "wb", closefd=False) as file:
+def output(path: str, database: str) -> Generator[BinaryIO]:
+    """Yield a file to write to: stdout for -, a pipe or device, or one that is whole or not there.
+
+    Raise `Failed` where nothing may be written there.
+    """
+    if path != "-":
+        guard(path, database)
+    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+        with open(1 if path == "-" else path, "wb", closefd=path != "-") as file:
             yield file
-        return
-    guard(path, database)
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "wb") as file:
+    else:
+        with aside(path) as copy, open(copy, "wb", opener=private) as file:
             yield file
-        return
-    with aside(path) as copy, open(copy, "wb") as file:
-        yield file
 
 
 @contextmanager
@@ -33,7 +40,7 @@ def aside(path: str, replaces: bool = True) -> Generator[str]:
 
     Where anything fails, `path` stays as it was; also where it is there and nothing `replaces` it.
     """
-    path = os.path.realpath(path)
+    path = resolve(path)
     folder = os.path.dirname(path)
     try:
         descriptor, copy = tempfile.mkstemp(".part", ".livechat-", folder)
@@ -46,7 +53,7 @@ def aside(path: str, replaces: bool = True) -> Generator[str]:
         if replaces:
             os.replace(copy, path)
         else:
-            os.link(copy, path)  # which fails where it is there
+            os.link(copy, path, follow_symlinks=False)  # which fails where it is there
         sync(folder)
     except OSError as error:
         raise Failed(f"{path}: {error.strerror or error}; nothing was written") from None
@@ -58,7 +65,7 @@ def aside(path: str, replaces: bool = True) -> Generator[str]:
 
 def sync(path: str) -> None:
     """Let the file or folder be on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
@@ -66,13 +73,29 @@ def sync(path: str) -> None:
 
 
 def guard(path: str, database: str) -> None:
-    """Raise `Failed` where `path` is a file of the database itself."""
-    own = {f"{database}{suffix}" for suffix in ("", "-wal", "-shm")}
-    same = os.path.exists(path) and os.path.exists(database) and os.path.samefile(path, database)
-    if same or os.path.realpath(path) in own:
-        raise Failed(f"{path}: belongs to the database itself")
+    """Raise `Failed` where no command may write: SQLite's files, and what `resolve` refuses."""
+    real = resolve(path)
+    if path == "-":
+        raise Failed("-: not the name of a file; ./- is one")
+    if real.endswith(PARTS):
+        raise Failed(f"{path}: a name that SQLite gives to a part of a database")
+    with suppress(FileNotFoundError):
+        if os.path.samefile(path, database):
+            raise Failed(f"{path}: belongs to the database itself")
+
+
+def resolve(path: str) -> str:
+    """Return the absolute path, after links; raise `Failed` at another user's link or pipe."""
+    mode = 0
+    with suppress(FileNotFoundError):
+        status = os.lstat(path)
+        mode = status.st_mode
+        of_others = status.st_uid not in (0, os.geteuid())
+        if of_others and (stat.S_ISLNK(mode) or stat.S_ISFIFO(mode)):
+            raise Failed(f"{path}: a link or pipe of another user, who could lead it anywhere")
+    return os.path.realpath(path) if stat.S_ISLNK(mode) else os.path.abspath(path)
 
 
 def private(path: str, flags: int) -> int:
-    """Open a file, which if it is new is its owner's alone."""
-    return os.open(path, flags, 0o600)
+    """Open a file, but no link, and no pipe to wait for; a new one is its owner's alone."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)

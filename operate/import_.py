@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import closing
-from datetime import datetime, timedelta
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import apsw
@@ -17,7 +17,6 @@ import storage
 from operate import Failed, bar
 from operate.database import in_turns, writable
 from operate.export import FORM
-from storage.database import Database
 from storage.migrations import newest
 from storage.visitors import (
     COLUMNS,
@@ -34,19 +33,15 @@ from storage.visitors import (
 ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
 EXAMPLE = "import visitors.jsonl"
 MAX_LINE = 2**24  # bytes; the largest visitor takes 7 MB
-MAX_NUMBER = 2**53  # of a visitor or a guest, so that the next ones have room
+# Of a visitor or a guest: whatever is counted on from here is still exact wherever JSON is read.
+MAX_NUMBER = 2**52
 BATCH = 2**20  # bytes of lines that are read before they are written
 
-_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00Z")
-_MILLISECOND = timedelta(milliseconds=1)
 _KEYS = {"number", "status", *(field.key for field in FIELDS)}
 
 
 class BadLine(Exception):
     """A line that `export` did not write: its number and what is wrong; no visitor's data."""
-
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(f"line {number}: {reason}")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +54,19 @@ def run(args: argparse.Namespace, database: str) -> None:
     tally: Counter[str] = Counter()
     with open(0 if args.file == "-" else args.file, "rb", closefd=args.file != "-") as file:
         try:
-            header = read_header(file)
+            guest, visitors = read_header(file)
+            if not os.path.lexists(database):
+                storage.prepare(database)  # the service's start adds what its settings ask for
+            raised = "UPDATE guest SET last = max(last, ?)"
+            with closing(writable(database)) as target, closing(bar(total=visitors)) as progress:
+                target.write(lambda connection: connection.execute(raised, (guest,)).get)
+                for batch in batches(file, visitors):
+                    for done in in_turns(target, batch, put):
+                        tally.update(done)
+                        progress.update(len(done))
         except BadLine as error:
-            raise Failed(f"{args.file}, {error}") from None
-        if not os.path.lexists(database):
-            storage.prepare(database)  # on a new machine; its start adds what its settings ask for
-        with closing(writable(database)) as target:
-            progress = bar(total=header["visitors"])
-            try:
-                with closing(progress):
-                    for batch in load(target, header, file):
-                        tally.update(batch)
-                        progress.update(len(batch))
-            except BadLine as error:
-                raise Failed(f"{args.file}, {error}; before it: {words(tally)}") from None
+            before = f"; before it: {words(tally)}" if tally else ""
+            raise Failed(f"{args.file}, {error}{before}") from None
     print(f"imported {words(tally)}")
 
 
@@ -82,66 +76,55 @@ def words(tally: Counter[str]) -> str:
     return f"{tally['new']} new, {tally['replaced']} replaced, {known}"
 
 
-def read_header(file: BinaryIO) -> dict[str, int]:
-    """Return the first line of what `lines` wrote; raise `BadLine`."""
+def read_header(file: BinaryIO) -> tuple[int, int]:
+    """Return the last guest's number, and how many visitors follow; raise `BadLine`."""
     try:
         header = json.loads(file.readline(MAX_LINE))
         if header["livechat-visitors"] != FORM or header["schema"] > newest():
-            raise BadLine(1, "written by a newer version of this service")
-        return {key: _number(header[key], key, 0) for key in ("guest", "visitors")}
+            raise BadLine("line 1: written by a newer version of this service")
+        numbers = header["guest"], header["visitors"]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise BadLine(1, "not the beginning of an export as JSONL") from None
+        raise BadLine("line 1: not the beginning of an export as JSONL") from None
+    if max(numbers) > MAX_NUMBER:
+        raise BadLine(f"line 1: a number above {MAX_NUMBER}, after which there is no room")
+    return numbers
 
 
-def load(database: Database, header: Mapping[str, int], file: BinaryIO) -> Iterator[list[str]]:
-    """Write the visitors that follow the header; yield of each batch what happened to each.
-
-    That is "new", "unchanged", "replaced" where the file's was changed later, or "kept" where it
-    was not. Raise `BadLine` at the first bad one; those before it are in.
-    """
-
-    def set_guest(connection: apsw.Connection) -> None:
-        connection.execute("UPDATE guest SET last = max(last, ?)", (header["guest"],))
-
-    database.write(set_guest)
-    batch = []
-    size = 0
-    try:
-        for line, row in _numbered(file, header["visitors"]):
-            batch.append(row)
-            size += len(line)
-            if size >= BATCH:
-                yield from in_turns(database, batch, _put)
-                batch, size = [], 0
-    except BadLine:
-        yield from in_turns(database, batch, _put)
-        raise
-    yield from in_turns(database, batch, _put)
-
-
-def _numbered(file: BinaryIO, visitors: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each line and its row; raise `BadLine`, also where the file breaks off."""
-    last = visitors + 1  # with the header
-    number = 1
-    while line := file.readline(MAX_LINE):
-        number += 1
-        if number > last:
-            raise BadLine(number, f"the header says {visitors} visitors, and here is one more")
-        if len(line) == MAX_LINE:
-            raise BadLine(number, f"longer than {MAX_LINE} bytes")
+def batches(file: BinaryIO, visitors: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of the lines that follow the header, up to a bad one; then raise `BadLine`."""
+    batch: list[dict[str, Any]] = []
+    number, size = 1, 0
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 2):
         try:
-            row = _row(line.rstrip(b"\n"))
-        except RecursionError:
-            raise BadLine(number, "nested too deeply") from None
-        except UnicodeError:
-            raise BadLine(number, "not UTF-8, or half of a surrogate pair") from None
-        except json.JSONDecodeError as error:
-            raise BadLine(number, f"not JSON at column {error.colno}") from None
-        except ValueError as error:
-            raise BadLine(number, str(error)) from None
-        yield line, row
-    if number < last:
-        raise BadLine(number, f"the file breaks off here: the header says {visitors} visitors")
+            if number > visitors + 1:  # with the header
+                raise ValueError(f"the header says {visitors} visitors, and here is one more")
+            if len(line) == MAX_LINE:
+                raise ValueError(f"longer than {MAX_LINE} bytes")
+            batch.append(_row(line.rstrip(b"\n")))
+        except (ValueError, RecursionError) as error:
+            yield batch
+            raise BadLine(f"line {number}: {_reason(error)}") from None
+        size += len(line)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+    if number <= visitors:
+        reason = f"the file breaks off here: the header says {visitors} visitors"
+        raise BadLine(f"line {number}: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a line, and nothing of what it holds."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeError):
+        return "not UTF-8, or half of a surrogate pair"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON at column {error.colno}"
+    return str(error)
 
 
 def _row(line: bytes) -> dict[str, Any]:
@@ -152,9 +135,10 @@ def _row(line: bytes) -> dict[str, Any]:
     for key in record:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key[:64]!r}")
-    visitor: dict[str, Any] = dict.fromkeys(COLUMNS)
-    visitor["number"] = _number(record.get("number"), "number", 1)
-    visitor["fields"] = {}
+    number = record.get("number")
+    if type(number) is not int or not 1 <= number <= MAX_NUMBER:
+        raise ValueError(f"number: not a whole number from 1 to {MAX_NUMBER}")
+    visitor = dict.fromkeys(COLUMNS) | {"number": number, "fields": {}}
     for field in FIELDS:
         if field.required or field.key in record:
             visitor[field.column] = _value(field, record.get(field.key))
@@ -164,9 +148,18 @@ def _row(line: bytes) -> dict[str, Any]:
 def _value(field: Field, value: Any) -> Any:
     """Return what the database holds of what an export holds; raise `ValueError`."""
     if field.kind == "time":
-        return _milliseconds(value, field.key)
+        with suppress(TypeError, ValueError):
+            ms = round(1000 * datetime.fromisoformat(value).timestamp())
+            if ms >= 0 and iso_date(ms) == value:
+                return ms
+        raise ValueError(f"{field.key}: not a time such as 2022-06-29T06:05:01.392Z")
     if field.kind == "custom fields":
-        return _fields(value, field.key)
+        if not isinstance(value, dict) or len(value) > MAX_FIELDS:
+            raise ValueError(f"{field.key}: not an object with {MAX_FIELDS} keys at most")
+        if "" in value or not all(isinstance(text, str) for text in value.values()):
+            raise ValueError(f"{field.key}: an empty key, or a value that is no text")
+        _check("".join([*value, *value.values()]), field.key)
+        return value
     if field.list_of:
         one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
         if not one or value[0].keys() != {field.list_of}:
@@ -174,45 +167,21 @@ def _value(field: Field, value: Any) -> Any:
         value = value[0][field.list_of]
     if not isinstance(value, str) or not value:
         raise ValueError(f"{field.key}: not a text, or empty")
-    return _whole(value, field.key)
+    _check(value, field.key)
+    try:
+        return storage.normalize_email(value) if field.column == "email" else value
+    except storage.InvalidEmail:
+        raise ValueError(f"{field.key}: not an email") from None
 
 
-def _whole(text: str, key: str) -> str:
-    """Return a text that the database takes and that no search stumbles over."""
+def _check(text: str, key: str) -> None:
+    """Raise `ValueError` for a text that the database does not take, or a search stumbles over."""
     if "\0" in text:
         raise ValueError(f"{key}: with a NUL character")
     text.encode()
-    return text
 
 
-def _number(value: Any, key: str, least: int) -> int:
-    if type(value) is not int or not least <= value <= MAX_NUMBER:
-        raise ValueError(f"{key}: not a whole number from {least} to {MAX_NUMBER}")
-    return value
-
-
-def _milliseconds(value: Any, key: str) -> int:
-    try:
-        ms = (datetime.fromisoformat(value) - _EPOCH) // _MILLISECOND
-    except (TypeError, ValueError):
-        ms = -1
-    if ms < 0 or iso_date(ms) != value:
-        raise ValueError(f"{key}: not a time such as 2022-06-29T06:05:01.392Z")
-    return ms
-
-
-def _fields(value: Any, key: str) -> dict[str, str]:
-    if not isinstance(value, dict) or len(value) > MAX_FIELDS:
-        raise ValueError(f"{key}: not an object with {MAX_FIELDS} keys at most")
-    for name, text in value.items():
-        if not name or not isinstance(text, str):
-            raise ValueError(f"{key}: an empty key, or a value that is no text")
-        _whole(name, key)
-        _whole(text, key)
-    return value
-
-
-def _put(connection: apsw.Connection, row: dict[str, Any]) -> str:
+def put(connection: apsw.Connection, row: dict[str, Any]) -> str:
     """Write a visitor of a file; return what happened, in a word.
 
     It is the one there with the same token, or with the same number and `_id`, as its token may
@@ -223,8 +192,7 @@ def _put(connection: apsw.Connection, row: dict[str, Any]) -> str:
         at_number = connection.execute(f"{SELECT} WHERE number = :number", row).fetchone()
         if at_number is None or at_number[COLUMNS.index("id")] != row["id"]:
             # None becomes the next number.
-            number = row["number"] if at_number is None else None
-            connection.execute(INSERT, {**row, "number": number})
+            connection.execute(INSERT, row if at_number is None else {**row, "number": None})
             return "new"
         there = at_number
     old = dict(zip(COLUMNS, there, strict=True))

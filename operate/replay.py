@@ -9,20 +9,35 @@ import re
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import apsw
 from tqdm import tqdm
 
 import storage
-from operate import SINCE, Failed, bar, rocketchat, some
+from operate import SINCE, Failed, bar, some
 from operate.database import count, last_guest, snapshot
-from operate.files import private
-from storage.database import Database
-from storage.visitors import SELECT, as_visitor, as_wire, iso_date
+from operate.export import visitors
+from operate.files import aside, guard, private
+from operate.rocketchat import Refused, Server, Stopped, bodies
+from storage.visitors import iso_date
 
 ABOUT = "send every visitor to another server with this API; go on where it stopped"
 EXAMPLE = "replay https://chat.example.org"
+PAGE = 20  # visitors that are read at once, and after which it is noted how far it is
+
+
+@dataclass
+class State:
+    """How far a replay is, and with which command; nothing of a visitor."""
+
+    url: str
+    since: int
+    began: str  # a date
+    number: int = 0  # of the last visitor who is done
+    sent: int = 0
+    refused: int = 0
+    met: int = 0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,98 +51,87 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, database: str) -> None:
     """Send every visitor to another server."""
-    try:
-        server = rocketchat.Server(args.url)
-    except ValueError as error:
-        raise Failed(str(error)) from None
-    file = args.state or f"replay-{re.sub('[^A-Za-z0-9.-]', '-', server.host)}.state"
-    state = read_state(file, server.url, args.since)
-    with snapshot(database) as connection:
-        guests = last_guest(connection)
-        left = count(connection, args.since, after=state["number"])
-    progress = bar(total=left)
-    with closing(server), closing(storage.Database(database)) as source, closing(progress):
-        while following := next_page(source, state["number"], args.since):
-            for number, visitor in following:
+    progress = bar(total=0)
+
+    def wait(seconds: float, reason: str) -> None:
+        progress.set_postfix_str(f"waits {seconds:.0f} s: {reason}")
+        time.sleep(seconds)
+        progress.set_postfix_str("")
+
+    with closing(progress), closing(storage.Database(database)) as source:
+        server = Server(args.url, wait)
+        file = args.state or f"replay-{re.sub('[^A-Za-z0-9.-]', '-', server.host)}.state"
+        guard(file, database)
+        state = read_state(file, server.url, args.since)
+        with snapshot(database) as connection:
+            guests = last_guest(connection)
+            progress.total = count(connection, args.since, after=state.number)
+
+        with closing(server):
+            while page := source.scan(lambda c: [*visitors(c, args.since, state.number, PAGE)]):
                 try:
-                    send(server, visitor, guests, state)
-                except rocketchat.Stopped as error:
+                    for visitor in page:
+                        send(server, visitor, guests, state)
+                        progress.update()
+                except Stopped as error:
                     raise Failed(
-                        f"stopped at {visitor['_id']}, number {number}, with {state['sent']} sent:"
-                        f" {server.url}: {error}; the same command goes on from here"
+                        f"stopped at {visitor['id']}, number {visitor['number']}, with {state.sent}"
+                        f" sent: {server.url}: {error}; the same command goes on from here"
                     ) from None
-                state["number"] = number
-                write_state(file, state)
-                progress.update()
+                finally:
+                    if state.number:
+                        write_state(file, state)
     with suppress(FileNotFoundError):
         os.unlink(file)
-    said = f"{some(state['sent'])} to {server.url}, {state['refused']} refused"
-    if state["met"]:
-        said += f", {state['met']} met another one there"
-    if state["refused"]:
+    said = f"{some(state.sent)} to {server.url}, {state.refused} refused"
+    if state.met:
+        said += f", {state.met} met another one there"
+    if state.refused:
         raise Failed(f"sent {said}; see above why")
-    print(f"sent {said}; what changes from now on: --since {state['began']}")
+    print(f"sent {said}; what changes from now on: --since {state.began}")
 
 
-def send(
-    server: rocketchat.Server, visitor: dict[str, Any], guests: int, state: dict[str, Any]
-) -> None:
-    """Send a visitor, count what became of it in `state`, and name it where that is to be known."""
+def send(server: Server, visitor: dict[str, Any], guests: int, state: State) -> None:
+    """Send a visitor, note what became of it in `state`, and name it where that is to be known."""
+    token = visitor["token"]
+    said = ""
     try:
-        met = False
-        for body in rocketchat.bodies(visitor, guests):
-            met |= server.register(body)["token"] != visitor["token"]
-    except rocketchat.Refused as error:
-        state["refused"] += 1
-        tqdm.write(f"{visitor['_id']}: refused: {error}", file=sys.stderr)
-        return
-    state["sent"] += 1
-    if met:
-        state["met"] += 1
-        tqdm.write(
-            f"{visitor['_id']}: met another one there, whose token stays, by its phone",
-            file=sys.stderr,
-        )
+        for body in bodies(visitor, guests):
+            # From the first answer on its token, which is another one where it met somebody there.
+            token = server.register({"token": token, **body})
+        state.sent += 1
+        if token != visitor["token"]:
+            state.met += 1
+            said = "met another one there, whose token stays, by its phone"
+    except Refused as error:
+        state.refused += 1
+        said = f"refused: {error}"
+    state.number = visitor["number"]
+    if said:
+        tqdm.write(f"{visitor['id']}: {said}", file=sys.stderr)
 
 
-def read_state(file: str, url: str, since: int) -> dict[str, Any]:
-    """Return where a replay to `url` stopped, or that of a new one."""
-    new = {"url": url, "since": since, "number": 0, "sent": 0, "refused": 0, "met": 0}
-    new["began"] = iso_date(int(1000 * time.time()))
+def read_state(file: str, url: str, since: int) -> State:
+    """Return where a replay to `url` stopped, or the state of a new one."""
+    new = State(url, since, iso_date(int(1000 * time.time())))
     try:
-        with open(file, encoding="utf-8") as source:
-            state = json.load(source)
-        if {key: type(value) for key, value in state.items()} != {
-            key: type(value) for key, value in new.items()
-        }:
+        with open(file, encoding="utf-8", opener=private) as source:
+            state = State(**json.load(source))
+        if [*map(type, asdict(state).values())] != [*map(type, asdict(new).values())]:
             raise ValueError
     except FileNotFoundError:
         return new
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         raise Failed(f"{file}: not the state of a replay; move it away") from None
-    if (state["url"], state["since"]) != (url, since):
+    if (state.url, state.since) != (url, since):
         raise Failed(
             f"{file}: of a replay to another URL or with another --since; go on with that one,"
             " or move it away"
         )
-    return dict(state)
+    return state
 
 
-def write_state(file: str, state: dict[str, Any]) -> None:
-    """Write down where a replay is, whole or not at all."""
-    with open(f"{file}.new", "w", opener=private, encoding="utf-8") as target:
-        json.dump(state, target)
-    os.replace(f"{file}.new", file)
-
-
-def next_page(
-    database: Database, number: int, since: int = 0, size: int = 100
-) -> list[tuple[int, dict[str, Any]]]:
-    """Return number and visitor, as the contract answers it, of the next ones after `number`."""
-    sql = f"{SELECT} WHERE number > ? AND updated >= ? ORDER BY number LIMIT ?"
-
-    def work(connection: apsw.Connection) -> list[tuple[int, dict[str, Any]]]:
-        found = map(as_visitor, connection.execute(sql, (number, since, size)))
-        return [(visitor["number"], as_wire(visitor)) for visitor in found]
-
-    return database.scan(work)
+def write_state(file: str, state: State) -> None:
+    """Write down how far a replay is, whole or not at all."""
+    with aside(file) as copy, open(copy, "w", opener=private, encoding="utf-8") as target:
+        json.dump(asdict(state), target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,36 +10,26 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import Refusal, refusal, to_json, unknown_token
+from resources.errors import Refusal, log, refusal, to_json, unknown_token
 from settings import Settings
-
-# JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
-_TRIMMED = (
-    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000\ufeff"
-)
 
 
 def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what `VisitorStore.register` takes, or raise the first refusal of contract 2.2."""
     token = visitor["token"]
-    if not token.strip(_TRIMMED):
+    if not token.strip(storage.WHITE_SPACE):
         raise refusal("error-invalid-token", {"method": "livechat/visitor"})
     known = [field.column for field in storage.FIELDS if field.given]
     given = {key: visitor[key] for key in known if visitor.get(key)}
     if "email" in given:
-        given["email"] = _email(given["email"])
+        try:
+            given["email"] = storage.normalize_email(given["email"])
+        except storage.InvalidEmail as error:
+            details = {"function": "Livechat.validateEmail", "email": str(error)}
+            raise refusal("error-invalid-email", details) from None
     if "department" in given and settings.departments:
         given["department"] = _department(given["department"], settings.departments)
     return {"token": token, "given": given, "fields": visitor.get("customFields", ())}
-
-
-def _email(email: str) -> str:
-    email = email.strip(_TRIMMED).lower()
-    if not re.fullmatch("[^@]+@[^@]+", email):
-        details = {"function": "Livechat.validateEmail", "email": email}
-        raise refusal("error-invalid-email", details)
-    return email
 
 
 def _department(name: str, departments: Mapping[str, str]) -> str:
@@ -89,6 +78,7 @@ class VisitorByTokenResource:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
             raise _unknown(req) from None
+        log.info("Erased the visitor %s", erased["_id"])  # to be repeated after a restore
         resp.data = to_json({"visitor": erased, "success": True})
 
 

@@ -6,11 +6,14 @@ from storage.visitors import (
     FIELDS,
     MAX_INTEGER,
     SORTABLE,
+    WHITE_SPACE,
+    InvalidEmail,
     OverLimit,
     UnknownField,
     VisitorNotFound,
     VisitorStore,
     milliseconds,
+    normalize_email,
     to_json,
 )
 
@@ -18,8 +21,10 @@ __all__ = [
     "FIELDS",
     "MAX_INTEGER",
     "SORTABLE",
+    "WHITE_SPACE",
     "Database",
     "Identity",
+    "InvalidEmail",
     "OverLimit",
     "PendingWrite",
     "PrepareError",
@@ -30,6 +35,7 @@ __all__ = [
     "Waiting",
     "identity",
     "milliseconds",
+    "normalize_email",
     "prepare",
     "to_json",
 ]

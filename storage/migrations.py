@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Collection, Generator
 from contextlib import closing, contextmanager
+from glob import escape, glob
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def refusals(path: str) -> Generator[None]:
 
 
 def check_found(path: str) -> None:
-    """Raise where going on would lose what is in the WAL."""
+    """Raise where going on would lose what is in the WAL, or what a restore moved away."""
+    # Its last step (operate/restore.py) takes the file out of there.
+    if not os.path.exists(path) and glob(f"{escape(path)}-before-*/restored"):
+        raise PrepareError(f"{path}: a restore has not ended: run it again")
     # The WAL first, as another process may be making both.
     wal, database = (Path(f"{path}{suffix}") for suffix in ("-wal", ""))
     bytes_in_wal = wal.stat().st_size if wal.exists() else 0
@@ -164,13 +168,19 @@ def version_of(connection: apsw.Connection, path: str) -> int:
     """Return the version of the schema, 0 of an empty file; raise `PrepareError`: not ours."""
     # One statement reads one state, as another process may be creating the database.
     sql = (
-        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
+        "SELECT application_id, user_version, (SELECT group_concat(name) FROM sqlite_schema)"
         " FROM pragma_application_id, pragma_user_version"
     )
     row: Any = connection.execute(sql).fetchone()
-    application, version, tables = row
-    if not application and not tables:
+    application, version, names = row
+    if not application and not names:
         return 0
+    if not application and {"visitor", "guest"} <= set(names.split(",")):
+        raise PrepareError(
+            f"{path}: has our tables without our marks, as what was rebuilt from a .dump; if it is"
+            f" ours, run in it: PRAGMA application_id = {APPLICATION_ID};"
+            f" PRAGMA user_version = {newest()};"
+        )
     if application != APPLICATION_ID:
         raise PrepareError(f"{path}: the database of another application")
     if version > newest():

@@ -28,6 +28,11 @@ _CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
 _DROPPED = bytes(range(_USED, 256))
 
 MAX_INTEGER = 2**63 - 1  # of SQLite
+# JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
+WHITE_SPACE = (
+    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
 
 
 class Field(NamedTuple):
@@ -81,6 +86,10 @@ class UnknownField(Exception):
     """A custom field whose key is not configured, or none at all."""
 
 
+class InvalidEmail(Exception):
+    """What is no email; the text is what would have been kept of it."""
+
+
 class OverLimit(Exception):
     """The custom fields of a visitor would be too many or too large; the text is the limit."""
 
@@ -96,6 +105,14 @@ def random_id() -> str:
     while len(id_) < ID_LENGTH:
         id_ += os.urandom(2 * ID_LENGTH).translate(_CHARACTERS, _DROPPED)
     return id_[:ID_LENGTH].decode()
+
+
+def normalize_email(text: str) -> str:
+    """Return an email as it is kept, trimmed and in lower case; raise `InvalidEmail`."""
+    email = text.strip(WHITE_SPACE).lower()
+    if not re.fullmatch("[^@]+@[^@]+", email):
+        raise InvalidEmail(email)
+    return email
 
 
 class VisitorStore:

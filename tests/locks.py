@@ -8,6 +8,9 @@ LOCKS = {
     "transaction": "import apsw; held = apsw.Connection(path); held.execute('BEGIN IMMEDIATE')",
 }
 OTHERS = {
+    "only opened": "import apsw; held = apsw.Connection(path)",
+    "has read": "import apsw; held = apsw.Connection(path); "
+    "held.execute('SELECT * FROM visitor').fetchall()",
     "exclusive lock": "import apsw; held = apsw.Connection(path); "
     "held.pragma('locking_mode', 'exclusive'); held.execute('UPDATE guest SET last = last')",
     "older state": "import apsw; held = apsw.Connection(path); held.execute('BEGIN'); "

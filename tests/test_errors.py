@@ -150,11 +150,11 @@ def test_the_app_for_any_server_prepares_its_database_itself(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("LIVECHAT_MATCH", "phone", "LIVECHAT_MATCH: 'phone' is none of"),
-        ("LIVECHAT_DB", "/", "/: a folder, not a file"),
+        ("LIVECHAT_MATCH", "phone", "LIVECHAT_MATCH: 'phone' is not valid; "),
+        ("LIVECHAT_DB", "/usr", "/usr: a folder, not a file"),
     ],
 )
-def test_what_cannot_be_meant_ends_any_server_with_one_line(monkeypatch, name, value, said):
+def test_what_cannot_be_used_ends_any_server_with_one_line(monkeypatch, name, value, said):
     import app
 
     monkeypatch.setenv(name, value)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.migrations import newest
 from tests.locks import held
 from tests.server import PATH, ROOT, Server, wait_until
 from tests.slow import WHOLE, longest, wait_of_others
@@ -459,7 +460,7 @@ def folder(path):
 
 def newer(path):
     empty_of_ours(path)
-    sql(path, "PRAGMA user_version = 2")
+    sql(path, f"PRAGMA user_version = {newest() + 1}")
 
 
 def cut(path):

@@ -108,6 +108,7 @@ GOOD = {
     "token": "second",
 }
 HEAD = b'{"livechat-visitors":1,"schema":1,"guest":3,"visitors":2}\n'
+NO_ROOM = "line 1: a number above 4503599627370496, after which there is no room"
 NO_HEADER = "line 1: not the beginning of an export as JSONL"
 LONE = "not UTF-8, or half of a surrogate pair"
 
@@ -126,15 +127,17 @@ BAD_LINES = {
     "no token": (line(token=None), "token: not a text, or empty"),
     "empty token": (line(token=""), "token: not a text, or empty"),
     "name a number": (line(name=5), "name: not a text, or empty"),
-    "no number": (line(number=None), "number: not a whole number from 1 to 9007199254740992"),
-    "number 0": (line(number=0), "number: not a whole number from 1 to 9007199254740992"),
-    "true": (line(number=True), "number: not a whole number from 1 to 9007199254740992"),
-    "huge": (line(number=2**63), "number: not a whole number from 1 to 9007199254740992"),
+    "no number": (line(number=None), "number: not a whole number from 1 to 4503599627370496"),
+    "number 0": (line(number=0), "number: not a whole number from 1 to 4503599627370496"),
+    "true": (line(number=True), "number: not a whole number from 1 to 4503599627370496"),
+    "huge": (line(number=2**63), "number: not a whole number from 1 to 4503599627370496"),
     "no time": (line(ts="today"), "ts: not a time such as 2022-06-29T06:05:01.392Z"),
     "other time": (line(ts="2022-06-29"), "ts: not a time such as 2022-06-29T06:05:01.392Z"),
     "phone": (line(phone="+1"), 'phone: not [{"phoneNumber":"..."}]'),
     "two phones": (line(phone=[{}, {}]), 'phone: not [{"phoneNumber":"..."}]'),
     "email": (line(visitorEmails=[{"address": 1}]), "visitorEmails: not a text, or empty"),
+    "no email": (line(visitorEmails=[{"address": "john"}]), "visitorEmails: not an email"),
+    "blank email": (line(visitorEmails=[{"address": " "}]), "visitorEmails: not an email"),
     "fields": (
         line(livechatData={str(n): "" for n in range(257)}),
         "livechatData: not an object with 256 keys at most",
@@ -145,6 +148,26 @@ BAD_LINES = {
     ),
     "long": (b" " * 2**24 + line(), "longer than 16777216 bytes"),
 }
+
+
+@pytest.mark.parametrize("email", ["\ufeff\u3000John.Doe@Email.com\u2028", "JOHN.DOE@EMAIL.COM"])
+def test_an_email_is_kept_as_a_registration_does(run, make_service, path, email):
+    visitor = line(number=1, visitorEmails=[{"address": email}])
+    with open("in", "wb") as file:
+        file.write(HEAD.replace(b'"visitors":2', b'"visitors":1') + visitor)
+    assert run("import", "in")[0] == 0
+    service = make_service(LIVECHAT_MATCH="token,email")
+    service.register("registered", email=email)  # meets the one of the file
+    assert [row[2:6:3] for row in rows(path)] == [("registered", "john.doe@email.com")]
+
+
+def test_the_largest_numbers_that_are_taken_leave_room(run, fill, tmp_path):
+    largest = 4503599627370496
+    head = {"livechat-visitors": 1, "schema": 1, "guest": largest, "visitors": 1}
+    (tmp_path / "in").write_bytes(json.dumps(head).encode() + b"\n" + line(number=largest))
+    assert run("import", "in")[0] == 0
+    assert fill(("next", {}))[0]["username"] == f"guest-{largest + 1}"
+    assert [row[0] for row in rows("livechat.db")] == [largest, largest + 1]
 
 
 @pytest.mark.parametrize("case", BAD_LINES, ids=str)
@@ -167,6 +190,9 @@ def test_a_bad_line_is_named_and_those_before_it_are_in(run, tmp_path, case):
         (line(), NO_HEADER),
         (b"[1]\n", NO_HEADER),
         (HEAD.replace(b'"guest":3', b'"guest":"x"'), NO_HEADER),
+        (HEAD.replace(b'"guest":3', b'"guest":-1'), NO_HEADER),
+        (HEAD.replace(b'"guest":3', b'"guest":9007199254740992'), NO_ROOM),
+        (HEAD.replace(b'"guest":3', b'"guest":4503599627370497'), NO_ROOM),
         (HEAD.replace(b'"schema":1', b'"schema":99'), "line 1: written by a newer version"),
         (b"SQLite format 3\0" + bytes(5000), NO_HEADER),
     ],
@@ -213,12 +239,8 @@ def test_an_import_takes_turns_with_the_service(path, server, tmp_path):
 def test_many_visitors_go_out_and_in_again_in_flat_memory(path, run, tmp_path, often):
     visitors = often(3000, 1_000_000)
     with (tmp_path / "1.jsonl").open("wb") as file:
-        head = {
-            "livechat-visitors": 1,
-            "schema": newest(),
-            "guest": visitors + 1,
-            "visitors": visitors,
-        }
+        head = {"livechat-visitors": 1, "schema": newest()}
+        head |= {"guest": visitors + 1, "visitors": visitors}
         file.write(json.dumps(head, separators=(",", ":")).encode() + b"\n")
         for n in range(1, visitors + 1):
             record = GOOD | {"number": n, "_id": f"{n:017}", "username": f"guest-{n + 1}"}

@@ -137,6 +137,9 @@ def test_root_leaves_the_files_beside_it_to_the_databases_owner(path, fill, run,
         ["purge", "--older-than", "0d"],
         ["purge", "--older-than", "90"],
         ["purge", "--older-than", "-1d"],
+        ["backup", "--keep", "0", "folder/"],
+        ["restore"],
+        ["erase"],
         ["erase", " "],
         ["erase", "\udcff"],
         ["import"],
@@ -150,7 +153,7 @@ def test_what_is_typed_wrong_is_said_with_exit_status_2(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["export", "import", "backup", "purge", "erase", "check", "replay"]
+    "command", ["export", "import", "backup", "restore", "purge", "erase", "check", "replay"]
 )
 def test_each_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as raised:
@@ -159,9 +162,12 @@ def test_each_command_has_help_with_an_example(command, capsys):
     assert f"example: python manage.py {command}" in capsys.readouterr().out
 
 
-def test_a_setting_that_cannot_be_meant_is_one_line(run, monkeypatch):
+def test_an_invalid_setting_is_one_line(run, monkeypatch):
     monkeypatch.setenv("LIVECHAT_DB", "")
-    assert run("check") == (1, "", "check: LIVECHAT_DB: the name is empty\n")
+    status, out, err = run("check")
+    assert (status, out) == (1, "")
+    assert err.startswith("check: LIVECHAT_DB: '' is empty; it has to be the path of a file")
+    assert err.count("\n") == 1
 
 
 def test_the_bar_is_for_terminals_alone(path, fill):
@@ -181,3 +187,83 @@ def test_the_bar_is_for_terminals_alone(path, fill):
         assert b"exported 3 visitors to stdout" in shown
     os.close(master)
     os.close(terminal)
+
+
+def test_a_closed_stream_is_no_traceback_and_no_failure_of_a_check(path, fill, tmp_path):
+    fill(*VISITORS)
+    manage_py = f"{sys.executable} {ROOT}/manage.py"
+    lines = {
+        "check >&-": (0, "", ""),
+        "check 2>&-": (0, "sound: 3 visitors", ""),
+        "check <&- >&- 2>&-": (0, "", ""),
+        "check --db none 2>&-": (1, "", ""),
+        "check >/dev/full": (1, "", "check: No space left on device\n"),
+        "backup - >/dev/full": (1, "", "backup: No space left on device\n"),
+        "backup - >&-": (1, "", "backup: Bad file descriptor\n"),
+        "export >&-": (1, "", "export: Bad file descriptor\n"),
+        "export -o out 2>&- >&-": (0, "", ""),
+        "erase nobody >&-": (1, "", "erase: nobody has that"),
+        "erase - <&-": (0, "erased 0 visitors", ""),
+    }
+    environ = os.environ | {"LIVECHAT_DB": path}
+    before = rows(path)
+    for line, (status, out, err) in lines.items():
+        ran = subprocess.run(
+            f"{manage_py} {line}", shell=True, cwd=tmp_path, env=environ, capture_output=True
+        )
+        assert (ran.returncode, line) == (status, line)
+        assert ran.stdout.decode()[: len(out) or None].startswith(out), line
+        assert ran.stderr.decode()[: len(err) or None].startswith(err), line
+        assert ran.stderr.count(b"\n") <= 1
+        assert bool(ran.stdout) == bool(out)
+        assert bool(ran.stderr) == bool(err)
+    assert rows(path) == before
+    assert not [name for name in files(tmp_path) if ".part" in name]
+
+
+def test_a_name_that_is_no_utf_8_is_no_traceback(path, fill, tmp_path):
+    fill(*VISITORS)
+    name = os.fsdecode(b"\xff.db")
+    backing_up = spawn("backup", name, "--db", path, cwd=tmp_path)
+    assert finish(backing_up) == (0, "backed up to \\udcff.db: 0.0 MiB, checked\n", "")
+    assert os.path.getsize(tmp_path / name) > 4096
+
+
+def test_a_reader_that_goes_away_is_one_line(path, fill):
+    fill(*VISITORS)
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = finish(spawn("check", "--db", path, stdout=writing))
+    os.close(writing)
+    assert ran == (1, None, "check: Broken pipe\n")
+
+
+def test_another_python_says_which_one_to_run():
+    line = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / "manage.py", "check"], capture_output=True, text=True
+    )
+    assert line.returncode == 1
+    assert line.stderr.endswith(
+        ": run .venv/bin/python manage.py, which `make .venv/run` sets up\n"
+    )
+    assert line.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+def test_no_command_follows_what_lies_in_the_way_of_the_databases_files(
+    run, fill, path, tmp_path, command, suffix, kind
+):
+    fill(*VISITORS)
+    (tmp_path / "precious").write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(path + suffix)
+    else:
+        os.symlink("precious" if kind == "link" else "made", path + suffix)
+    status, _, err = run(*command)
+    reads = command[0] in ("export", "backup", "check", "replay")
+    assert status == 1 or (kind == "pipe" and reads)  # which is an empty WAL for who only reads
+    assert err.count("\n") == status or command[0] == "replay"
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not os.path.exists("made")

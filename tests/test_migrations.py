@@ -4,7 +4,10 @@ tests/fixtures/version-1.db was written by the first version, and is never made 
 """
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -151,7 +154,7 @@ def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
     # The old code is a server of today; the new one, which has the steps, migrates under it.
     server = make_server(LIVECHAT_DB=path).wait()
     registered = [server.register(f"before{n}", name="N")[1] for n in range(8)]
-    steps(*ADDED)
+    steps(*migrations.STEPS, *ADDED)
     assert storage.prepare(path) == (False, 11)
     registered += [server.register(f"after{n}", name="N")[1] for n in range(8)]
     assert server.request("DELETE", f"{PATH}/after0")[0] == 200
@@ -174,3 +177,22 @@ def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
     ) == (18, 0)
     new.close()
     assert storage.prepare(path) == (False, 18)
+
+
+def test_what_was_rebuilt_from_a_dump_becomes_ours_again_as_the_refusal_says(path, tmp_path):
+    storage.prepare(path)
+    rebuilt = str(tmp_path / "rebuilt.db")
+    shell = [sys.executable, "-m", "apsw"]
+    dumped = subprocess.run([*shell, path, ".dump"], check=True, capture_output=True).stdout
+    # sqlite3's own leaves these out.
+    kept = [line for line in dumped.splitlines() if not re.match(rb"(?i)pragma \w+_", line)]
+    assert len(kept) < len(dumped.splitlines())
+    subprocess.run([*shell, rebuilt], input=b"\n".join(kept), check=True)
+    said = refused(rebuilt)
+    assert said.startswith(f"{rebuilt}: has our tables without our marks")
+    for pragma in re.findall(r"PRAGMA [^;]+;", said):
+        look(rebuilt, pragma)
+    assert storage.prepare(rebuilt) == storage.prepare(path)
+    for table in ("visitor", "guest"):
+        sql = f"SELECT * FROM {table}"
+        assert look(rebuilt, sql) == look(path, sql) != []

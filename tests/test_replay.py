@@ -4,9 +4,12 @@ import json
 import os
 import signal
 import socket
+import ssl
+import subprocess
+import termios
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,7 +17,7 @@ import pytest
 
 import manage
 import storage
-from operate import rocketchat as replay
+from operate import replay, rocketchat
 from storage.database import ERASE_TIME
 from tests.database import files_of_a_database
 from tests.operating import FIELD, JOHN, spawn
@@ -25,12 +28,12 @@ from tests.server import PATH, Server
 def waits(monkeypatch):
     """Let no replay wait; return the seconds it would have."""
     waited = []
-    monkeypatch.setattr(replay.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     return waited
 
 
 @contextmanager
-def answering(answer):
+def answering(answer, tls=None):
     """Serve: `answer(number, visitor)` of each request is status, headers and body, or None, which
     drops the connection; yield the URL and the visitors that were sent.
     """
@@ -62,9 +65,11 @@ def answering(answer):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}", asked
     finally:
         server.shutdown()
         server.server_close()
@@ -117,6 +122,21 @@ def test_everybody_moves_to_a_second_instance(run, fill, other, tmp_path):
     assert len(many[0]["livechatData"]) == 128
     assert run("replay", url)[0] == 0  # and again: the same
     assert other.query("SELECT count(*), max(number) FROM visitor") == [[5, 5]]
+
+
+def test_who_meets_another_one_there_by_phone_brings_all_fields(run, fill, tmp_path, make_server):
+    """In several requests, of which only the first one says whom it met."""
+    fields = [{"key": f"k{n}", "value": "v", "overwrite": True} for n in range(100)]
+    fill(("a", JOHN), ("b", {"phone": JOHN["phone"]}, *fields[:50]))
+    fill(("b", {}, *fields[50:]))
+    there = make_server(
+        LIVECHAT_MATCH="token,phone,email", LIVECHAT_DB=str(tmp_path / "there.db")
+    ).wait()
+    status, out, _ = run("replay", f"http://127.0.0.1:{there.port}")
+    assert (status, ", 1 met another one there;" in out) == (0, True)
+    assert there.query("SELECT token FROM visitor") == [["a"]]
+    met = there.request("GET", f"{PATH}/a")[2]["visitor"]
+    assert met["livechatData"] == {field["key"]: "v" for field in fields}
 
 
 def test_a_date_takes_only_who_was_changed_since(run, fill, other):
@@ -312,13 +332,14 @@ ELSEWHERE = {
     "another method": ((405, {}, b""), "it does not speak this API: 405 Method Not Allowed"),
     "a login": ((401, {}, b"{}"), "it does not speak this API: 401 Unauthorized"),
     "a page": ((200, {}, b"<html>"), "it does not speak this API: its answer holds no visitor"),
+    "a proxy's page": ((400, {}, b"<html>"), "it does not speak this API: 400 Bad Request"),
     "a list": ((200, {}, [1]), "it does not speak this API: its answer holds no visitor"),
     "nothing": ((204, {}, b""), "it does not speak this API: its answer holds no visitor"),
 }
 
 
 @pytest.mark.parametrize("kind", ELSEWHERE)
-def test_what_does_not_speak_this_api_is_a_stop_at_once(run, fill, waits, kind):
+def test_what_does_not_speak_this_api_is_a_stop_at_once(run, fill, waits, tmp_path, kind):
     fill(("a", {}), ("b", {}))
     answered, reason = ELSEWHERE[kind]
     with answering(lambda number, visitor: answered) as (url, asked):
@@ -327,6 +348,7 @@ def test_what_does_not_speak_this_api_is_a_stop_at_once(run, fill, waits, kind):
     assert f": {url}: {reason}" in err
     assert len(asked) == 1
     assert waits == []
+    assert sorted(os.listdir(tmp_path)) == files_of_a_database(tmp_path)
 
 
 def test_nobody_listening_is_a_stop_after_the_tries(run, fill, waits):
@@ -335,7 +357,7 @@ def test_nobody_listening_is_a_stop_after_the_tries(run, fill, waits):
         port = free.getsockname()[1]
     status, out, err = run("replay", f"http://127.0.0.1:{port}")
     assert (status, out) == (1, "")
-    assert "tried 7 times: [Errno 111] Connection refused" in err
+    assert "tried 7 times: ConnectionRefusedError: [Errno 111] Connection refused" in err
     assert waits == [1, 2, 4, 8, 16, 32]
 
 
@@ -350,13 +372,167 @@ def test_nobody_listening_is_a_stop_after_the_tries(run, fill, waits):
         "http://a:b@x/",
         "http://x/?q",
         "http://[::1",
+        "http://x:70000",
+        "http://x y/",
+        "http://x/é",
     ],
 )
 def test_what_is_no_url_is_one_line(run, fill, url):
     fill(("a", {}))
     status, out, err = run("replay", url)
     assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "URL" in err
+    assert err == ("replay: not a URL such as https://chat.example.org, with port and path alone\n")
+
+
+@contextmanager
+def raw(answer):
+    """Serve: `answer(client)` of each connection does what it likes; yield the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    with listening.accept()[0] as client, suppress(OSError):
+                        answer(client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def answer_nonsense(client):
+    client.recv(65_536)
+    client.sendall(b"SSH-2.0-\x1b[31m\r\n")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ("http", "another try would not help: BadStatusLine: SSH-2.0-?[31m"),
+        ("https", "another try would not help: SSLError: [SSL: "),
+    ],
+)
+def test_a_server_of_another_protocol_is_a_stop_at_once(run, fill, waits, scheme, reason):
+    fill(("a", {}))
+    with raw(answer_nonsense) as port:
+        url = f"{scheme}://127.0.0.1:{port}"
+        status, out, err = run("replay", url)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f": {url}: {reason}" in err
+    assert waits == []
+
+
+def test_tls_to_this_service_itself_is_a_stop_at_once(run, fill, other, waits):
+    fill(("a", {}))
+    status, _, err = run("replay", f"https://127.0.0.1:{other.port}")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "another try would not help: SSLError: " in err
+    assert waits == []
+
+
+@pytest.mark.parametrize("url", ["http://x..y/", f"http://{'x' * 64}.example.org"])
+def test_a_name_that_no_host_can_have_is_a_stop_at_once(run, fill, waits, url):
+    fill(("a", {}))
+    status, _, err = run("replay", url)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "another try would not help: Unicode" in err
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    ("number", "tries"), [(socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 7)], ids=["none", "later"]
+)
+def test_a_host_that_is_not_there_is_a_stop_at_once(run, fill, waits, monkeypatch, number, tries):
+    fill(("a", {}))
+
+    def resolve(*_, **__):
+        raise socket.gaierror(number, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    status, _, err = run("replay", "http://chat.example.org")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "no such name" in err
+    assert len(waits) == tries - 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """The file of a certificate that has signed itself, and the server's side of it."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key, file = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", file]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(file, key)
+    return file, context
+
+
+def test_a_certificate_that_is_not_trusted_is_a_stop_at_once(
+    run, fill, waits, certificate, monkeypatch
+):
+    fill(("a", {}))
+    file, context = certificate
+    with answering(lambda number, visitor: taken(visitor), context) as (url, asked):
+        status, _, err = run("replay", url)
+        assert (status, err.count("\n")) == (1, 1)
+        assert f": {url}: its certificate is not trusted: self-signed certificate; SSL_CERT" in err
+        assert (asked, waits) == ([], [])
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        assert run("replay", url)[0] == 0
+        assert len(asked) == 1
+
+
+def test_plain_http_to_a_port_for_tls_is_a_stop(run, fill, waits, certificate):
+    fill(("a", {}))
+    with answering(None, certificate[1]) as (url, _):
+        status, _, err = run("replay", url.replace("https", "http"))
+    assert (status, err.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"])
+def test_a_server_that_sends_byte_by_byte_has_a_limit_of_time(run, fill, waits, monkeypatch, start):
+    fill(("a", {}))
+    monkeypatch.setattr(rocketchat, "TIMEOUT", 0.2)
+    ended = threading.Event()
+
+    def answer(client):
+        client.sendall(start)
+        while not ended.wait(0.02):
+            client.sendall(b"H")
+
+    with raw(answer) as port:
+        status, _, err = run("replay", f"http://127.0.0.1:{port}")
+        ended.set()
+    assert (status, err.count("\n")) == (1, 1)
+    assert "tried 7 times: TimeoutError: no whole answer within 0.2 seconds" in err
+    assert waits == [1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        ((429, {"Retry-After": "2"}, {"error": "Slow down"}), "waits 2 s: it answers 429 Slow dow"),
+        ((500, {}, {"error": "Out of order"}), "waits 1 s: it answers 500 Out of order"),
+        (None, "waits 1 s: RemoteDisconnected: Remote end closed"),
+    ],
+    ids=["rate limit", "failure", "dropped"],
+)
+def test_the_bar_says_when_and_why_it_waits(path, fill, tmp_path, refused, reason):
+    fill(("a", {}))
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 132))
+    with answering(lambda number, visitor: refused if number == 1 else taken(visitor)) as (url, _):
+        process = spawn("replay", url, "--db", path, cwd=tmp_path, stderr=terminal)
+        assert process.communicate(timeout=20)[0].startswith("sent 1 visitor to")
+    shown = os.read(master, 65_536).decode()
+    assert f"0/1 [00:00<?, ? visitors/s, {reason}" in shown
+    os.close(master)
+    os.close(terminal)
 
 
 def test_a_state_of_another_replay_is_left_alone(run, fill, waits, tmp_path):
@@ -397,6 +573,38 @@ def test_a_replay_that_is_interrupted_goes_on_where_it_was(path, fill, tmp_path)
         go_on.set()
         assert manage.main(["replay", url, "--db", path, "--state", str(tmp_path / "state")]) == 0
     assert [visitor["token"] for _, visitor in asked] == ["t0", "t1", "t2", "t2", "t3"]
+
+
+def test_a_replay_that_is_killed_goes_on_not_far_before(path, fill, tmp_path):
+    tokens = [f"t{n}" for n in range(replay.PAGE + 3)]
+    fill(*((token, {}) for token in tokens))
+    reached, go_on = threading.Event(), threading.Event()
+
+    def answer(number, visitor):
+        if number == len(tokens):
+            reached.set()
+            go_on.wait(20)
+        return taken(visitor)
+
+    command = ["replay", "--db", path, "--state", str(tmp_path / "state")]
+    with answering(answer) as (url, asked):
+        process = spawn(*command, url)
+        assert reached.wait(20)
+        process.kill()
+        process.communicate()
+        go_on.set()
+        assert manage.main([*command, url]) == 0
+    assert [visitor["token"] for _, visitor in asked] == tokens + tokens[replay.PAGE :]
+
+
+def test_a_state_is_no_link_and_no_pipe(run, fill, tmp_path):
+    fill(("a", {}))
+    (tmp_path / "link").symlink_to(tmp_path / "made")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("link", "Too many levels"), ("pipe", "not the state of a replay")):
+        status, _, err = run("replay", "http://127.0.0.1:9", "--state", name)
+        assert (status, err.startswith(f"replay: {name}: {reason}")) == (1, True)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_replay_reads_no_state_for_long(path, fill, tmp_path):

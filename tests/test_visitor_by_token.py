@@ -196,8 +196,9 @@ def test_searches_of_other_processes_do_not_hold_an_erasure_up(service, tmp_path
     path = tmp_path / "livechat.db"
 
     def fill(connection):
-        values = "value, value, value, 'u', NULL, NULL, NULL, NULL, 1, 1, hex(zeroblob(50)), '{}'"
-        return connection.execute(f"INSERT INTO visitor SELECT {values} FROM {SERIES}").get
+        values = "value, value, value, 'u', 1, 1, hex(zeroblob(50)), '{}'"
+        into = "visitor (number, id, token, username, ts, updated, search, fields)"
+        return connection.execute(f"INSERT INTO {into} SELECT {values} FROM {SERIES}").get
 
     service.database.write(fill)
     code = (
