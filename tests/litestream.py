@@ -155,12 +155,15 @@ def test_a_copy_has_every_row_after_kill_9_of_either_under_load(copy, serve, tmp
     wait_until(lambda: copy.holds(kept), "the copy has every row", BOUND)
     copy.end()
 
-    restored = copy.restore(tmp_path / "empty")
-    assert content(restored) == kept
+    restored, anew = copy.restore(tmp_path / "empty"), tmp_path / "anew.db"
+    assert finish(spawn("restore", "--db", anew, restored))[0] == 0
+    assert content(restored) == content(anew) == kept
     tokens = {token for (token,) in look(restored, "SELECT token FROM visitor")}
     assert {*first.answered, *second.answered} <= tokens
-    anew = serve(restored).wait()  # its two tables are no fault
-    assert anew.register(first.answered[0], name="")[1]["visitor"]["name"].startswith("Name of a-")
+    server = serve(anew).wait()
+    assert server.register(first.answered[0], name="")[1]["visitor"]["name"].startswith(
+        "Name of a-"
+    )
 
 
 def test_what_a_lost_machine_loses_are_the_newest_alone(copy, serve, tmp_path):
@@ -299,7 +302,7 @@ def test_who_is_erased_is_in_the_copy_until_it_expires(copy, serve, tmp_path):
     assert is_held()
 
     def expired():
-        server.register("other")  # without a write nothing is copied, and nothing expires
+        server.register("other")  # without a write nothing expires
         return not is_held()
 
     wait_until(expired, "no state before the erasure is left", BOUND)
