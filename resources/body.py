@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -80,7 +81,7 @@ def parse(data: bytes) -> Any:
     Raise `ValueError`, which says what is not strict JSON and where, and quotes no data.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     try:
