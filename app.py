@@ -12,7 +12,7 @@ import falcon
 
 import schemas
 import storage
-from resources import custom_fields, errors, service, visitor, visitors
+from resources import custom_fields, errors, inbox, service, visitor, visitors
 from resources.body import BodyLimit
 from resources.errors import log
 from resources.rate_limit import RateLimit
@@ -67,7 +67,8 @@ def template(route: str | None) -> str:
 def routes(store: storage.VisitorStore, settings: Settings) -> dict[str, object]:
     """Return the resource of every path."""
     return {
-        "/": service.FixedResource(service.INDEX),
+        "/": service.IndexResource(service.INDEX),
+        "/inbox": inbox.InboxResource(settings),
         "/livez": service.FixedResource(service.ALIVE),
         "/health": service.FixedResource(service.ALIVE),
         "/readyz": service.ReadyResource(store),
@@ -80,6 +81,7 @@ def routes(store: storage.VisitorStore, settings: Settings) -> dict[str, object]
         "/api/v1/livechat/custom.fields": custom_fields.CustomFieldsResource(store),
         "/api/v1/livechat/visitors.info": visitors.VisitorInfoResource(store, settings),
         "/api/v1/livechat/visitors.search": visitors.VisitorSearchResource(store, settings),
+        "/api/v1/livechat/visitors.statistics": visitors.VisitorStatisticsResource(store, settings),
     }
 
 

@@ -73,10 +73,11 @@ def on_starting(server):
 
 
 def when_ready(server):
-    """Say where the service answers, as the last of the start's lines."""
+    """Say where the service and its page answer, as the last of the start's lines."""
     for listener in server.LISTENERS:
         url = str(listener).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-        server.log.info("answers at %s", url)
+        page = f" and shows visitors at {url}/inbox" if url.startswith("http") else ""
+        server.log.info("answers at %s%s", url, page)
 
 
 def _try_to_bind(server):

@@ -129,6 +129,11 @@ def refuse_params(
     raise Refusal(400, {"error": str(error), "errorType": "invalid-params"})
 
 
+def log_erasure(erased: dict[str, Any]) -> None:
+    """Log whose data was erased, by `_id` alone, so that it can be repeated after a restore."""
+    log.info("Erased the visitor %s", erased["_id"])
+
+
 def log_unavailable(error: storage.Unavailable) -> None:
     """Say what is at fault, which SQLite words without any data, and what to do."""
     log.error("The visitor database is unavailable: %s", error)

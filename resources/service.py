@@ -14,7 +14,7 @@ API_VERSION = "8.8"  # of the Rocket.Chat API that is spoken here, which clients
 
 
 class FixedResource:
-    """GET of what never changes: `/`, `/api/info`, `/livez`, `/health`, `/api/openapi.json`."""
+    """GET of what never changes: `/api/info`, `/livez`, `/health`, `/api/openapi.json`."""
 
     def __init__(self, media: dict[str, Any]) -> None:
         self._body = to_json(media)  # once, as the OpenAPI document takes some milliseconds
@@ -22,6 +22,21 @@ class FixedResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200; nothing is touched."""
         resp.data = self._body
+
+    on_head = on_get
+
+
+class IndexResource(FixedResource):
+    """GET /: what this is, or for a browser the page."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200, or send to the page who would rather have HTML."""
+        resp.append_header("Vary", "Accept")
+        if req.client_prefers(("application/json", "text/html")) == "text/html":
+            resp.status = falcon.HTTP_302
+            resp.location = "/inbox"
+        else:
+            super().on_get(req, resp)
 
     on_head = on_get
 

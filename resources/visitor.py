@@ -10,7 +10,7 @@ import falcon
 import schemas
 import storage
 from resources.body import read
-from resources.errors import Refusal, log, refusal, to_json, unknown_token
+from resources.errors import Refusal, log_erasure, refusal, to_json, unknown_token
 from settings import Settings
 
 
@@ -78,7 +78,7 @@ class VisitorByTokenResource:
             erased = self._store.erase(_token(req))
         except storage.VisitorNotFound:
             raise _unknown(req) from None
-        log.info("Erased the visitor %s", erased["_id"])  # to be repeated after a restore
+        log_erasure(erased)
         resp.data = to_json({"visitor": erased, "success": True})
 
 

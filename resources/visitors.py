@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hmac import compare_digest
 from typing import Any
 
@@ -11,11 +11,13 @@ import falcon
 import schemas
 import storage
 from resources.body import parse
-from resources.errors import bare_refusal, refusal, to_json, unauthorized
+from resources.errors import bare_refusal, log_erasure, refusal, to_json, unauthorized
 from settings import Settings
 
 DEFAULT_COUNT = 50
 MAX_COUNT = 100
+DEFAULT_DAYS = 30
+MAX_DAYS = 366
 
 
 def authenticate(req: falcon.Request, agent: tuple[str, str] | None) -> None:
@@ -33,7 +35,7 @@ def authenticate(req: falcon.Request, agent: tuple[str, str] | None) -> None:
 
 
 class VisitorInfoResource:
-    """GET /api/v1/livechat/visitors.info: one visitor by `_id`."""
+    """GET and DELETE /api/v1/livechat/visitors.info: one visitor by `_id`."""
 
     def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
         self._store = store
@@ -42,17 +44,27 @@ class VisitorInfoResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 with the visitor, but for the token."""
-        authenticate(req, self._agent)
-        query: Mapping[str, Any] = req.params
-        self._check(query)
-        try:
-            visitor = self._store.find_by_id(query["visitorId"])
-        except storage.VisitorNotFound:
-            raise bare_refusal("visitor-not-found") from None
+        visitor = self._call(self._store.find_by_id, req)
         del visitor["token"]
         resp.data = to_json({"visitor": visitor, "success": True})
 
     on_head = on_get
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200 when the visitor's data is gone from the files."""
+        erased = self._call(self._store.erase_by_id, req)
+        log_erasure(erased)
+        resp.data = to_json({"visitor": erased, "success": True})
+
+    def _call(self, method: Callable[[str], dict[str, Any]], req: falcon.Request) -> dict[str, Any]:
+        """Return what a method of the store returns for the `_id` that is asked for."""
+        authenticate(req, self._agent)
+        query: Mapping[str, Any] = req.params
+        self._check(query)
+        try:
+            return method(query["visitorId"])
+        except storage.VisitorNotFound:
+            raise bare_refusal("visitor-not-found") from None
 
 
 class VisitorSearchResource:
@@ -85,6 +97,25 @@ class VisitorSearchResource:
                 "success": True,
             }
         )
+
+    on_head = on_get
+
+
+class VisitorStatisticsResource:
+    """GET /api/v1/livechat/visitors.statistics: how many there are, and of which day."""
+
+    def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
+        self._store = store
+        self._agent = settings.agent
+        self._check = schemas.ajv_checker("visitors.statistics")
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer 200 with the numbers, and with a time that moves on with every change."""
+        authenticate(req, self._agent)
+        query = {key: _number(value) for key, value in req.params.items()}
+        self._check(query)
+        days = int(min(query.get("days", 0), MAX_DAYS)) or DEFAULT_DAYS
+        resp.data = to_json({**self._store.statistics(days), "success": True})
 
     on_head = on_get
 

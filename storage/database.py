@@ -301,11 +301,20 @@ class Database:
 
         Raise `Unavailable`. To be called about once a second.
         """
-        with self._held(self._writer, seconds=0) as writer:  # not while it is committing
-            version = writer.pragma("data_version")
+        version = self._data_version()
         self._erasure_due |= version != self._version
         self._version = version
-        self.tidy(0)
+        if self._erasure_due or self._pages > CROWDED:
+            self.tidy(0)
+            # To empty the WAL counts as a write of another connection. An erasure that another
+            # process makes at this very moment is missed here, but that process empties it too.
+            self._version = self._data_version()
+
+    def _data_version(self) -> int:
+        """Return a number that changes when others write; raise `Unavailable` during a commit."""
+        with self._held(self._writer, seconds=0) as writer:
+            version: int = writer.pragma("data_version")
+            return version
 
     def close(self) -> None:
         """Close the file. The WAL goes into it, unless another program has it open."""

@@ -42,6 +42,30 @@ STEPS: tuple[str, ...] = (
         digits = phone_digits(phone),
         search = search_text(username, coalesce(name, ''), fields);
     """,
+    # 3: the visitors of each day, for the statistics
+    """
+    CREATE TABLE day (
+        number INTEGER PRIMARY KEY,
+        registered INTEGER NOT NULL,
+        changes INTEGER NOT NULL
+    ) STRICT;
+
+    CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN
+        INSERT INTO day VALUES (NEW.ts / 86400000, 1, 1)
+            ON CONFLICT DO UPDATE SET registered = registered + 1, changes = changes + 1;
+    END;
+
+    CREATE TRIGGER visitor_changed AFTER UPDATE ON visitor BEGIN
+        UPDATE day SET changes = changes + 1 WHERE number = NEW.ts / 86400000;
+    END;
+
+    CREATE TRIGGER visitor_deleted AFTER DELETE ON visitor BEGIN
+        UPDATE day SET registered = registered - 1, changes = changes + 1
+            WHERE number = OLD.ts / 86400000;
+    END;
+
+    INSERT INTO day SELECT ts / 86400000, count(*), 0 FROM visitor GROUP BY 1;
+    """,
 )
 
 

@@ -23,3 +23,25 @@ CREATE TABLE guest (
 ) STRICT;
 
 INSERT INTO guest (last) VALUES (1);   -- the first one is guest-2, as in the document
+
+-- The visitors of each day. Triggers keep it, as other programs delete and import too; an index of
+-- `ts` would cost each registration more, and the statistics a scan of it.
+CREATE TABLE day (
+    number      INTEGER PRIMARY KEY,   -- days since 1970-01-01, in UTC
+    registered  INTEGER NOT NULL,      -- the visitors there are who were created on that day
+    changes     INTEGER NOT NULL       -- how often one of them was written or deleted
+) STRICT;
+
+CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN
+    INSERT INTO day VALUES (NEW.ts / 86400000, 1, 1)
+        ON CONFLICT DO UPDATE SET registered = registered + 1, changes = changes + 1;
+END;
+
+CREATE TRIGGER visitor_changed AFTER UPDATE ON visitor BEGIN
+    UPDATE day SET changes = changes + 1 WHERE number = NEW.ts / 86400000;
+END;
+
+CREATE TRIGGER visitor_deleted AFTER DELETE ON visitor BEGIN
+    UPDATE day SET registered = registered - 1, changes = changes + 1
+        WHERE number = OLD.ts / 86400000;
+END;

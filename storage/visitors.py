@@ -33,6 +33,7 @@ WHITE_SPACE = (
     "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
+DAY = 86_400_000  # milliseconds
 
 
 class Field(NamedTuple):
@@ -61,7 +62,11 @@ FIELDS = (
     Field("department", "department"),
     Field("fields", "livechatData", kind="custom fields", given=False),
 )
-FOUND = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")  # keys, in a search
+# The keys of a visitor in a search; the last three are ours (contract, 9).
+FOUND = (
+    *("_id", "username", "name", "phone", "livechatData", "visitorEmails"),
+    *("department", "ts", "_updatedAt"),
+)
 # What a search may be sorted by, and the column it stands in.
 SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
 
@@ -134,6 +139,8 @@ class VisitorStore:
         self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
+        self._changes = -1  # how many the last call of `statistics` has found
+        self._changed = 0  # when these were more than before, in milliseconds since 1970
 
     def register(
         self,
@@ -244,6 +251,50 @@ class VisitorStore:
             return {"_id": visitor["id"], "ts": iso_date(self._clock())}
 
         return self._database.write(work, erases=True)
+
+    def erase_by_id(self, id_: str) -> dict[str, Any]:
+        """Delete the visitor with that `_id`, which takes a scan, and return the same as `erase`.
+
+        Raise `VisitorNotFound`.
+        """
+        number = self._database.scan(lambda connection: _one(connection, "id", id_)["number"])
+
+        def work(connection: apsw.Connection) -> dict[str, Any]:
+            # Another one may have got the number meanwhile.
+            connection.execute("DELETE FROM visitor WHERE number = ? AND id = ?", (number, id_))
+            if not connection.changes():
+                raise VisitorNotFound
+            return {"_id": id_, "ts": iso_date(self._clock())}
+
+        return self._database.write(work, erases=True)
+
+    def statistics(self, days: int) -> dict[str, Any]:
+        """Return the total of visitors, and how many of them are of each of the last `days`.
+
+        The days are those of UTC, today first. "changed" is a time that moves on when any program
+        has registered, changed or erased a visitor since the last call, and at the first call.
+        """
+        now = self._clock()
+        today = now // DAY
+
+        def work(connection: apsw.Connection) -> list[tuple[Any, ...]]:
+            # All days before those that are asked for come as one.
+            sql = "SELECT max(number, ?), sum(registered), sum(changes) FROM day GROUP BY 1"
+            return connection.execute(sql, (today - days,)).fetchall()
+
+        rows = self._database.read(work)
+        registered = {number: visitors for number, visitors, _ in rows}
+        changes = sum(row[2] for row in rows)
+        if changes != self._changes:
+            self._changes, self._changed = changes, max(now, self._changed + 1)
+        return {
+            "total": sum(registered.values()),
+            "changed": iso_date(self._changed),
+            "days": [
+                {"date": iso_date(day * DAY)[:10], "registered": registered.get(day, 0)}
+                for day in range(today, today - days, -1)
+            ],
+        }
 
     def ping(self) -> None:
         """Read the files anew; raise `Unavailable` where they are missing or damaged.

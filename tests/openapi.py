@@ -66,9 +66,10 @@ def check(method, path, status, headers, body):
         assert name in headers or not header.get("required"), name
         if name in headers:
             validator(header["schema"]).validate(headers[name])
-    assert headers["Content-Type"] == "application/json"
-    if method != "HEAD":
-        validator(described["content"]["application/json"]["schema"]).validate(body)
+    (media_type,) = described.get("content", {"application/json": {}})
+    assert headers["Content-Type"].partition(";")[0] == media_type
+    if method != "HEAD" and "content" in described:
+        validator(described["content"][media_type]["schema"]).validate(body)
 
 
 def formatted(value, indent="", around=1):

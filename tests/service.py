@@ -17,7 +17,8 @@ class CheckedApp(TestApp):
     def do_request(self, req, status=None, expect_errors=None):
         answer = super().do_request(req, status, expect_errors)
         if req.method in ("GET", "HEAD", "POST", "DELETE"):
-            body = None if req.method == "HEAD" else answer.json
+            is_json = answer.body and answer.content_type == "application/json"
+            body = answer.json if is_json else answer.text
             path = req.environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
             openapi.check(req.method, path, answer.status_int, answer.headers, body)
         return answer
@@ -64,6 +65,6 @@ class Service:
         return self.database.read(
             lambda connection: [
                 connection.execute(f"SELECT * FROM {table}").fetchall()
-                for table in ("visitor", "guest")
+                for table in ("visitor", "guest", "day")
             ]
         )

@@ -115,7 +115,7 @@ def test_a_body_that_breaks_off_under_another_server_is_told_so_after_its_type(s
         other = {**environ, "CONTENT_TYPE": "text/plain"}
         assert send(service, Input(REGISTER, end), **other) == (415, OTHER_TYPE)
     assert send(service, Input(REGISTER, TimeoutError), **environ) == (408, LATE)
-    assert service.content() == [[], [(1,)]]
+    assert service.content() == [[], [(1,)], []]
 
 
 def test_a_body_that_nobody_reads_does_not_matter_under_another_server(service):
@@ -134,4 +134,4 @@ def test_a_length_that_is_no_number_is_a_clear_400(service, length):
         '{"success":false,"error":"The request is invalid [error-invalid-request]",'
         '"errorType":"error-invalid-request"}',
     )
-    assert service.content() == [[], [(1,)]]
+    assert service.content() == [[], [(1,)], []]

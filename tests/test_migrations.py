@@ -16,13 +16,14 @@ from storage import migrations
 from tests.database import look, refused, version
 from tests.server import PATH, ROOT
 
-# What a version 2 and a version 3 may bring; a step may hold several statements.
+# What the next two versions may bring; a step may hold several statements.
 ADDED = (
     "ALTER TABLE visitor ADD COLUMN country TEXT;"
     "CREATE TABLE visit (number INTEGER PRIMARY KEY, visitor INTEGER NOT NULL) STRICT;"
     "CREATE INDEX visitor_country ON visitor (country)",
     "ALTER TABLE visitor ADD COLUMN visits INTEGER NOT NULL DEFAULT 0",
 )
+NOW = migrations.newest()
 FAILING = "CREATE TABLE visit (number); ALTER TABLE visitor ADD COLUMN token TEXT"
 
 
@@ -34,16 +35,23 @@ def path(tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    return lambda *steps: monkeypatch.setattr(migrations, "STEPS", steps)
+    """Return a function that adds steps to those there are."""
+    there = migrations.STEPS
+    return lambda *steps: monkeypatch.setattr(migrations, "STEPS", (*there, *steps))
 
 
-def tables(path):
-    """Return each table's columns, however their SQL is written."""
+def schema(path):
+    """Return each table's columns, however their SQL is written, and each trigger and index."""
     sql = (
         "SELECT t.name, c.* FROM sqlite_schema t, pragma_table_xinfo(t.name) c"
         " WHERE t.type = 'table' ORDER BY t.name, c.cid"
     )
-    return look(path, sql)
+    others = (
+        "SELECT type, name, tbl_name, sql FROM sqlite_schema"
+        " WHERE type != 'table' ORDER BY type, name"
+    )
+    others = [[" ".join(str(part).split()) for part in row] for row in look(path, others)]
+    return look(path, sql), others
 
 
 def test_the_first_versions_file_serves_today(path, make_service):
@@ -79,27 +87,38 @@ def test_the_first_versions_file_serves_today(path, make_service):
 def test_today_is_the_first_version_with_its_steps(path, tmp_path):
     storage.prepare(path)
     storage.prepare(str(tmp_path / "new.db"))
-    assert tables(path) == tables(tmp_path / "new.db")
-    assert version(path) == version(tmp_path / "new.db") == migrations.newest()
+    assert schema(path) == schema(tmp_path / "new.db")
+    assert version(path) == version(tmp_path / "new.db") == NOW
+
+
+def test_the_second_version_counts_the_visitors_of_each_day(path, make_service):
+    before = look(path, "SELECT ts FROM visitor")
+    make_service(path).database.close()
+    days = {}
+    for (ts,) in before:
+        days[ts // 86_400_000] = days.get(ts // 86_400_000, 0) + 1
+    assert dict(look(path, "SELECT number, registered FROM day")) == days
+    assert sum(days.values()) == 3
 
 
 def test_visitors_of_the_first_version_are_found_as_those_of_today(path, make_service):
     service = make_service(path)
     store = storage.VisitorStore(service.database)
-    for term in ("372 6578 3468", "zoe\u0308", "GUEST-2"):
-        before = store.search(term, {}, 0, 10)
-        assert before[1] > 0
-        for visitor in store.search("", {}, 0, 100)[0]:
-            token = store.find_by_id(visitor["_id"])["token"]
-            store.register(token, {})  # which writes what is searched anew
-        assert store.search(term, {}, 0, 10) == before
+    terms = ("372 6578 3468", "zoe\u0308", "GUEST-2")
+    before = [store.search(term, {}, 0, 10)[1] for term in terms]
+    for visitor in store.search("", {}, 0, 100)[0]:
+        token = store.find_by_id(visitor["_id"])["token"]
+        store.register(token, {})  # which writes what is searched anew
+    assert before == [store.search(term, {}, 0, 10)[1] for term in terms]
+    assert 0 not in before
 
 
 def test_every_step_is_taken_once_and_keeps_every_visitor(path, steps):
+    storage.prepare(path)
     before = look(path, "SELECT * FROM visitor")
     steps(*ADDED)
     assert storage.prepare(path) == (False, 3)
-    assert version(path) == 3
+    assert version(path) == NOW + 2
     assert look(path, "SELECT * FROM visitor") == [(*row, None, 0) for row in before]
     assert storage.prepare(path) == (False, 3)
 
@@ -107,18 +126,21 @@ def test_every_step_is_taken_once_and_keeps_every_visitor(path, steps):
 def test_a_file_between_takes_what_it_lacks(path, steps):
     steps(ADDED[0])
     storage.prepare(path)
-    assert version(path) == 2
+    assert version(path) == NOW + 1
     steps(*ADDED)
     storage.prepare(path)
-    assert version(path) == 3
+    assert version(path) == NOW + 2
 
 
 def test_a_failing_step_leaves_the_file_as_it_was(path, steps):
+    storage.prepare(path)
     with open(path, "rb") as file:
         before = file.read()
     steps(FAILING, ADDED[1])
     said = refused(path)
-    assert said.startswith(f"{path}: stays at version 1, the step to 2 failed: SQLError: ")
+    assert said.startswith(
+        f"{path}: stays at version {NOW}, the step to {NOW + 1} failed: SQLError: "
+    )
     with open(path, "rb") as file:
         assert file.read() == before
     steps()
@@ -127,8 +149,8 @@ def test_a_failing_step_leaves_the_file_as_it_was(path, steps):
 
 def test_a_failing_second_step_leaves_the_first_ones_version(path, steps):
     steps(ADDED[1], FAILING)
-    assert f"{path}: stays at version 2, the step to 3 failed: " in refused(path)
-    assert version(path) == 2
+    assert f"{path}: stays at version {NOW + 1}, the step to {NOW + 2} failed: " in refused(path)
+    assert version(path) == NOW + 1
     assert look(path, "SELECT sum(visits) FROM visitor") == [(0,)]
     assert look(path, "SELECT name FROM sqlite_schema WHERE name = 'visit'") == []
 
@@ -154,7 +176,7 @@ def test_old_and_new_code_side_by_side_lose_nothing(path, make_server, steps):
     # The old code is a server of today; the new one, which has the steps, migrates under it.
     server = make_server(LIVECHAT_DB=path).wait()
     registered = [server.register(f"before{n}", name="N")[1] for n in range(8)]
-    steps(*migrations.STEPS, *ADDED)
+    steps(*ADDED)
     assert storage.prepare(path) == (False, 11)
     registered += [server.register(f"after{n}", name="N")[1] for n in range(8)]
     assert server.request("DELETE", f"{PATH}/after0")[0] == 200

@@ -58,13 +58,23 @@ def test_request_bodies_are_the_schema_files_themselves():
         assert openapi.DOCUMENT["components"]["schemas"][name] == schemas.load(name)
 
 
-@pytest.mark.parametrize("name", ["visitors.info", "visitors.search"])
-def test_query_parameters_are_those_of_the_schema_files(name):
-    operation = openapi.DOCUMENT["paths"][f"/api/v1/livechat/{name}"]["get"]
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("visitors.info", "get"),
+        ("visitors.info", "delete"),
+        ("visitors.search", "get"),
+        ("visitors.statistics", "get"),
+    ],
+)
+def test_query_parameters_are_those_of_the_schema_files(name, method):
+    operation = openapi.DOCUMENT["paths"][f"/api/v1/livechat/{name}"][method]
     schema = schemas.load(name)
     described = {parameter["name"]: parameter for parameter in operation["parameters"]}
     assert set(described) == set(schema["properties"])
-    assert [key for key, one in described.items() if one.get("required")] == schema["required"]
+    assert [key for key, one in described.items() if one.get("required")] == schema.get(
+        "required", []
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,14 +105,15 @@ def test_every_example_is_sent_and_answered_as_described(service, path, method, 
         else:
             answer = service.post(body, path=url)
         assert answer.status_int == 200
-        openapi.check(method.upper(), path, 200, answer.headers, answer.json)
+        if answer.content_type == "application/json":  # else it is the page
+            openapi.check(method.upper(), path, 200, answer.headers, answer.json)
 
 
 def test_every_example_of_an_answer_is_as_described():
     seen = 0
     for _, _, operation in OPERATIONS:
         for response in operation["responses"].values():
-            content = openapi.resolve(response)["content"]["application/json"]
+            content = openapi.resolve(response).get("content", {}).get("application/json", {})
             for example in content.get("examples", {}).values():
                 openapi.validator(content["schema"]).validate(openapi.resolve(example)["value"])
                 seen += 1
@@ -150,5 +161,5 @@ def test_schemathesis_finds_nothing(make_server, tmp_path):
         env={**os.environ, "HOME": str(tmp_path)},
     )
     assert ran.returncode == 0, ran.stdout
-    assert "13 selected / 13 total" in ran.stdout
+    assert "16 selected / 16 total" in ran.stdout
     assert " 500 " not in server.log()

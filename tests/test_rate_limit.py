@@ -30,7 +30,9 @@ ROUTES = [
     ("POST", "/api/v1/livechat/custom.field"),
     ("POST", "/api/v1/livechat/custom.fields"),
     ("GET", "/api/v1/livechat/visitors.info"),
+    ("DELETE", "/api/v1/livechat/visitors.info"),
     ("GET", "/api/v1/livechat/visitors.search"),
+    ("GET", "/api/v1/livechat/visitors.statistics"),
 ]
 
 

@@ -28,7 +28,8 @@ def test_the_start_says_database_visitors_configuration_and_last_the_url_that_an
     )
     assert agent == "LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401"
     assert listening.startswith("Listening at: ")
-    assert url == f"answers at http://127.0.0.1:{server.port}"
+    url_ = f"http://127.0.0.1:{server.port}"
+    assert url == f"answers at {url_} and shows visitors at {url_}/inbox"
     for token in "abc":
         server.register(token)
     assert server.stop() == 0
@@ -39,7 +40,7 @@ def test_the_start_says_database_visitors_configuration_and_last_the_url_that_an
     assert database == f"opened {server.database} (3 visitors)"
     assert configured.endswith(" LIVECHAT_MATCH=token,phone LIVECHAT_AGENT=(not shown)")
     assert unknown == "unknown variables, which have no effect: LIVECHAT_COLOR"
-    with urllib.request.urlopen(f"{url.removeprefix('answers at ')}/livez") as answer:
+    with urllib.request.urlopen(f"{url.split()[2]}/livez") as answer:
         assert answer.status == 200
     assert "S3CRET" not in server.log()
 
@@ -47,7 +48,7 @@ def test_the_start_says_database_visitors_configuration_and_last_the_url_that_an
 @pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::", "::1"])
 def test_the_url_of_the_start_answers_whatever_the_host(make_server, host):
     server = make_server(LIVECHAT_HOST=host)
-    url = lines(server)[-1].removeprefix("answers at ")
+    url = lines(server)[-1].split()[2]
     assert re.fullmatch(r"http://(127\.0\.0\.1|\[::1\]):[1-9]\d*", url)
     with urllib.request.urlopen(f"{url}/livez") as answer:
         assert answer.status == 200

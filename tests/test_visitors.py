@@ -1,6 +1,7 @@
 """The read side, for the configured agent (contract, section 6)."""
 
 import json
+import logging
 import urllib.parse
 
 import pytest
@@ -9,6 +10,7 @@ from storage import visitors
 
 INFO = "/api/v1/livechat/visitors.info"
 SEARCH = "/api/v1/livechat/visitors.search"
+STATISTICS = "/api/v1/livechat/visitors.statistics"
 AGENT = {"X-User-Id": "agent", "X-Auth-Token": "se:cret-é"}
 # What an HTTP client puts on the wire for it: bytes, which WSGI hands over as Latin-1.
 WIRE = {name: value.encode().decode("latin-1") for name, value in AGENT.items()}
@@ -23,8 +25,10 @@ def service(make_service):
     return make_service(LIVECHAT_AGENT="agent:se:cret-é")
 
 
-def ask(service, path, query, headers=WIRE):
-    return service.http.request(f"{path}?{query}", headers=headers, expect_errors=True)
+def ask(service, path, query, headers=WIRE, method="GET"):
+    return service.http.request(
+        f"{path}?{query}", method=method, headers=headers, expect_errors=True
+    )
 
 
 def search(service, **query):
@@ -38,7 +42,7 @@ def quote(value):
     return urllib.parse.quote(value if isinstance(value, str) else json.dumps(value), safe="")
 
 
-@pytest.mark.parametrize("path", [INFO, SEARCH])
+@pytest.mark.parametrize("path", [INFO, SEARCH, STATISTICS])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -57,7 +61,14 @@ def test_both_headers_have_to_match_before_anything_else_is_looked_at(service, p
     assert (answer.status_int, answer.text) == (401, UNAUTHORIZED)
 
 
-@pytest.mark.parametrize("path", [INFO, SEARCH])
+def test_only_the_agent_erases_by_id(service):
+    id_ = service.register("t")["_id"]
+    answer = ask(service, INFO, f"visitorId={id_}", WIRE | {"X-User-Id": "x"}, "DELETE")
+    assert (answer.status_int, answer.text) == (401, UNAUTHORIZED)
+    assert service.register("t")["_id"] == id_
+
+
+@pytest.mark.parametrize("path", [INFO, SEARCH, STATISTICS])
 @pytest.mark.parametrize("headers", [{}, {"X-User-Id": "", "X-Auth-Token": ""}, AGENT | WIRE])
 def test_without_a_configured_agent_nobody_reads(make_service, path, headers):
     answer = ask(make_service(), path, "term=&visitorId=", headers)
@@ -76,6 +87,7 @@ def refusal(error, error_type="invalid-params"):
     return f'{{"success":false,"error":"{error}","errorType":"{error_type}"}}'
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize(
     ("query", "error"),
     [
@@ -85,14 +97,16 @@ def refusal(error, error_type="invalid-params"):
         ("visitorId=x&visitorId=y", "must be string [invalid-params]"),
     ],
 )
-def test_the_parameters_of_info_are_checked(service, query, error):
-    answer = ask(service, INFO, query)
+def test_the_parameters_of_info_are_checked(service, method, query, error):
+    answer = ask(service, INFO, query, method=method)
     assert (answer.status_int, answer.text) == (400, refusal(error))
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("id_", ["unknown", "", "%ff", "%00"])
-def test_an_unknown_id_is_not_found(service, id_):
-    answer = ask(service, INFO, f"visitorId={id_}")
+def test_an_unknown_id_is_not_found(service, method, id_):
+    service.register("t")
+    answer = ask(service, INFO, f"visitorId={id_}", method=method)
     assert (answer.status_int, answer.text) == (
         400,
         refusal("visitor-not-found", "visitor-not-found"),
@@ -218,11 +232,14 @@ def test_an_answer_has_the_contracts_keys_in_their_order(people):
     id_ = answer.json["visitors"][0]["_id"]
     assert answer.text == (
         '{"visitors":[{"_id":"' + id_ + '","username":"ez","name":"Émile Zola",'
-        '"phone":[{"phoneNumber":"+33 1"}],"visitorEmails":[{"address":"emile@example.org"}]}],'
+        '"phone":[{"phoneNumber":"+33 1"}],"visitorEmails":[{"address":"emile@example.org"}],'
+        '"ts":"2022-06-29T06:05:01.392Z","_updatedAt":"2022-06-29T06:05:01.392Z"}],'
         '"count":1,"offset":0,"total":1,"success":true}'
     )
     (bob,) = search(people, term="bob")["visitors"]
-    assert list(bob) == ["_id", "username", "name", "livechatData"]
+    shown = ["_id", "username", "name", "livechatData", "department", "ts", "_updatedAt"]
+    assert list(bob) == shown
+    assert (bob["department"], bob["ts"]) == ("Émile", "2022-06-29T06:05:01.394Z")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +379,124 @@ def test_a_search_follows_what_is_written(people):
     assert names(search(people, term="oslo")) == []
 
 
-@pytest.mark.parametrize("path", [INFO, SEARCH])
+@pytest.mark.parametrize("path", [INFO, SEARCH, STATISTICS])
 def test_other_methods_are_not_allowed(service, path):
     assert service.post({}, path=path).status_int == 405
+
+
+def test_an_erasure_by_id_answers_and_erases_as_one_by_token_does(service, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    erased = service.register("secret-token", name="Erased Name")
+    service.register("other", name="Other")
+    service.now += 5
+    answer = ask(service, INFO, f"visitorId={erased['_id']}", method="DELETE")
+    assert (answer.status_int, answer.text) == (
+        200,
+        f'{{"visitor":{{"_id":"{erased["_id"]}","ts":"2022-06-29T06:05:01.397Z"}},"success":true}}',
+    )
+    assert f"Erased the visitor {erased['_id']}" in caplog.messages
+    assert "secret" not in caplog.text
+    assert names(search(service, term="")) == ["Other"]
+    held = b"".join(file.read_bytes() for file in tmp_path.glob("livechat.db*"))
+    assert b"Other" in held
+    assert b"Erased Name" not in held
+    assert b"secret-token" not in held
+    again = ask(service, INFO, f"visitorId={erased['_id']}", method="DELETE")
+    assert (again.status_int, again.json["errorType"]) == (400, "visitor-not-found")
+
+
+def statistics(service, query=""):
+    answer = ask(service, STATISTICS, query)
+    assert answer.status_int == 200, answer.text
+    return answer.json
+
+
+DAY = 86_400_000
+
+
+def test_the_statistics_count_the_visitors_of_each_day_of_utc(service):
+    assert statistics(service)["total"] == 0
+    service.register("a")
+    service.now += DAY
+    service.register("b")
+    service.register("c")
+    service.register("a", name="changed, but not of today")
+    service.now -= service.now % DAY  # the first millisecond of that day
+    service.register("d")
+    service.now -= 1  # the last of the day before
+    service.register("e")
+    service.now += DAY
+    answer = ask(service, STATISTICS, "days=3")
+    changed = answer.json["changed"]
+    assert answer.text == (
+        f'{{"total":5,"changed":"{changed}","days":[{{"date":"2022-06-30","registered":3}},'
+        '{"date":"2022-06-29","registered":2},{"date":"2022-06-28","registered":0}],'
+        '"success":true}'
+    )
+    service.http.delete("/api/v1/livechat/visitor/b")
+    after = statistics(service, "days=1")
+    assert (after["total"], after["days"]) == (4, [{"date": "2022-06-30", "registered": 2}])
+
+
+@pytest.mark.parametrize(
+    ("query", "days"),
+    [
+        ("", 30),
+        ("days=0", 30),
+        ("days=0.9", 30),
+        ("days=1", 1),
+        ("days=7.9", 7),
+        ("days=366", 366),
+        ("days=367", 366),
+        ("days=1e999", 366),
+    ],
+)
+def test_the_statistics_are_of_30_days_unless_asked_of_366_at_most(service, query, days):
+    answer = statistics(service, query)["days"]
+    assert len(answer) == days
+    assert answer[0]["date"] == "2022-06-29"
+    assert [day["date"] for day in answer] == sorted((day["date"] for day in answer), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("days=x&other=1", "must NOT have additional properties"),
+        *[(f"days={value}", "must be number") for value in BAD_NUMBERS],
+        ("days=1&days=2", "must be number"),
+        ("days=-1", "must be >= 0"),
+    ],
+)
+def test_the_parameters_of_the_statistics_are_checked(service, query, error):
+    answer = ask(service, STATISTICS, query)
+    assert (answer.status_int, answer.text) == (400, refusal(f"{error} [invalid-params]"))
+
+
+def test_changed_moves_with_each_registration_change_and_erasure_alone(service):
+    id_ = service.register("a")["_id"]  # and the clock stands still
+    field = {"token": "a", "key": "k", "value": "v", "overwrite": True}
+    seen = [statistics(service)["changed"]]
+    for change in (
+        lambda: service.register("b"),
+        lambda: service.register("b", name="B"),
+        lambda: service.register("b", name="B"),
+        lambda: service.post(field, path="/api/v1/livechat/custom.field"),
+        lambda: service.http.delete("/api/v1/livechat/visitor/b"),
+        lambda: ask(service, INFO, f"visitorId={id_}", method="DELETE"),
+    ):
+        change()
+        seen.append(statistics(service)["changed"])
+        service.post({"visitor": {}})
+        search(service, term="")
+        assert statistics(service, "days=7")["changed"] == seen[-1]
+    assert seen == sorted(set(seen))
+
+
+def test_changed_moves_although_connections_were_opened_anew_in_between(service):
+    seen = [statistics(service)["changed"]]
+    for number in range(5):
+        service.register(f"t{number}")
+        service.database.close()
+        seen.append(statistics(service)["changed"])
+    assert seen == sorted(set(seen))
+    assert statistics(service)["total"] == 5
