@@ -15,7 +15,7 @@ import apsw
 from operate import Failed, some
 from operate.database import forget, in_turns, writable
 from storage.database import Database
-from storage.visitors import iso_date
+from storage.fields import iso_date, phone_digits
 
 ABOUT = "delete every visitor of a person, without a trace in the database"
 EXAMPLE = "erase john.doe@email.com (what begins with a hyphen stands after --)"
@@ -97,8 +97,7 @@ def erase_people(database: Database, wanted: set[Key]) -> Iterator[tuple[str, se
 
 def keys_of_person(text: str) -> set[Key]:
     """Return what a visitor may have of a person who is known by this text."""
-    phone = "" if re.search("[A-Za-z@]", text) else text
-    return {("exactly", text), ("email", text.strip().lower()), *keys_of_phone(phone)}
+    return {("exactly", text), ("email", text.strip().lower()), *keys_of_phone(text)}
 
 
 def keys_of_visitor(id_: str, token: str, phone: str | None, email: str | None) -> set[Key]:
@@ -109,7 +108,7 @@ def keys_of_visitor(id_: str, token: str, phone: str | None, email: str | None) 
 
 def keys_of_phone(phone: str | None) -> set[Key]:
     """Return the digits of a phone, if they are enough."""
-    digits = re.sub(r"\D", "", phone or "")
+    digits = phone_digits(phone) or ""
     return {("digits", digits)} if len(digits) >= LEAST_DIGITS else set()
 
 

@@ -16,8 +16,8 @@ import apsw
 from operate import SINCE, Failed, bar, some
 from operate.database import count, last_guest, snapshot
 from operate.files import output
+from storage.fields import FIELDS, SELECT, as_visitor, as_wire, iso_date, to_json
 from storage.migrations import newest
-from storage.visitors import FIELDS, SELECT, as_visitor, as_wire, iso_date, to_json
 
 ABOUT = "write every visitor to a file"
 EXAMPLE = "export -o visitors.jsonl"

@@ -17,8 +17,7 @@ import storage
 from operate import Failed, bar
 from operate.database import in_turns, writable
 from operate.export import FORM
-from storage.migrations import newest
-from storage.visitors import (
+from storage.fields import (
     COLUMNS,
     DERIVED,
     FIELDS,
@@ -29,6 +28,7 @@ from storage.visitors import (
     as_row,
     iso_date,
 )
+from storage.migrations import newest
 
 ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
 EXAMPLE = "import visitors.jsonl"

@@ -14,7 +14,7 @@ import apsw
 from operate import Failed, bar, some
 from operate.database import count, forget, in_turns, snapshot, writable
 from storage.database import Database
-from storage.visitors import iso_date
+from storage.fields import iso_date
 
 ABOUT = "delete visitors not updated within the given time, without a trace in the database"
 EXAMPLE = "purge --older-than 90d --dry-run"

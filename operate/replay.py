@@ -20,7 +20,7 @@ from operate.database import count, last_guest, snapshot
 from operate.export import visitors
 from operate.files import aside, guard, private
 from operate.rocketchat import Refused, Server, Stopped, bodies
-from storage.visitors import iso_date
+from storage.fields import iso_date
 
 ABOUT = "send every visitor to another server with this API; go on where it stopped"
 EXAMPLE = "replay https://chat.example.org"

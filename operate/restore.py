@@ -15,7 +15,7 @@ from operate.backup import STAMP, copy_database
 from operate.database import count
 from operate.files import aside, guard, sync
 from storage.database import connect
-from storage.visitors import iso_date
+from storage.fields import iso_date
 
 ABOUT = "put a backup in the place of the database, which is moved aside; first stop the service"
 EXAMPLE = "restore backup.db"

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
 from operate import Failed
-from storage.visitors import FIELDS, to_json
+from storage.fields import FIELDS, to_json
 
 PATH = "/api/v1/livechat/visitor"
 URL = re.compile(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?((?:/[^\s?#]*)?)")

@@ -1,20 +1,22 @@
 """The visitors in one SQLite file: all the SQL there is, and no word of HTTP."""
 
 from storage.database import Database, Identity, PendingWrite, Unavailable, Waiting
-from storage.migrations import PrepareError, identity, prepare
-from storage.visitors import (
+from storage.fields import (
     FIELDS,
     MAX_INTEGER,
-    SORTABLE,
     WHITE_SPACE,
     InvalidEmail,
+    normalize_email,
+    to_json,
+)
+from storage.migrations import PrepareError, identity, prepare
+from storage.visitors import (
+    SORTABLE,
     OverLimit,
     UnknownField,
     VisitorNotFound,
     VisitorStore,
     milliseconds,
-    normalize_email,
-    to_json,
 )
 
 __all__ = [

@@ -29,7 +29,7 @@ from storage.database import (
     merge_on_close,
     transaction,
 )
-from storage.visitors import phone_digits, search_text
+from storage.fields import phone_digits, search_text
 
 # What upgrades a file of version 1 to version 2, and so on: SQL that only adds, because in the
 # minute of a deploy the old code works on the new file. schema.sql is the whole newest version.

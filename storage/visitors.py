@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
-from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import apsw
 
 from storage.database import Database, check_pages
+from storage.fields import (
+    COLUMNS,
+    INSERT,
+    MAX_FIELDS,
+    MAX_FIELDS_BYTES,
+    SELECT,
+    UPDATE,
+    as_row,
+    as_visitor,
+    as_wire,
+    fold,
+    iso_date,
+    phone_digits,
+    to_json,
+)
 
-MAX_FIELDS = 256  # custom fields on one visitor (contract, 2.1)
-MAX_FIELDS_BYTES = 65_536  # of all of them, as JSON in UTF-8
 MAX_PAGE_BYTES = 4_000_000  # of the visitors of a search's page, unless it is one
 ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
@@ -27,41 +35,7 @@ _USED = 256 - 256 % len(ID_ALPHABET)
 _CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
 _DROPPED = bytes(range(_USED, 256))
 
-MAX_INTEGER = 2**63 - 1  # of SQLite
-# JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
-WHITE_SPACE = (
-    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000\ufeff"
-)
 DAY = 86_400_000  # milliseconds
-
-
-class Field(NamedTuple):
-    """One property of a visitor, and where it stands in the database and in an answer."""
-
-    column: str
-    key: str  # in an answer (contract, 2.4), and in an export
-    kind: Literal["text", "time", "custom fields"] = "text"
-    list_of: str = ""  # the key of the one object, where the answer has a list of objects
-    given: bool = True  # by a registration, as the column is called
-    required: bool = False  # in every visitor
-    searched: bool = False  # for a part of its text
-
-
-# Everything that is stored, answered, exported, imported and sent on follows from this table, in
-# the order of an answer. What a registration may give, and in which form, says visitor.json.
-FIELDS = (
-    Field("id", "_id", given=False, required=True),
-    Field("username", "username", required=True, searched=True),
-    Field("ts", "ts", kind="time", given=False, required=True),
-    Field("updated", "_updatedAt", kind="time", given=False, required=True),
-    Field("token", "token", given=False, required=True),
-    Field("name", "name", searched=True),
-    Field("phone", "phone", list_of="phoneNumber"),
-    Field("email", "visitorEmails", list_of="address"),
-    Field("department", "department"),
-    Field("fields", "livechatData", kind="custom fields", given=False),
-)
 # The keys of a visitor in a search; the last three are ours (contract, 9).
 FOUND = (
     *("_id", "username", "name", "phone", "livechatData", "visitorEmails"),
@@ -70,18 +44,6 @@ FOUND = (
 # What a search may be sorted by, and the column it stands in.
 SORTABLE = {"name": "name", "username": "username", "ts": "ts", "_updatedAt": "updated"}
 
-DERIVED = ("search", "digits")  # columns that follow from the others
-COLUMNS = ("number", *(field.column for field in FIELDS), *DERIVED)
-SELECT = f"SELECT {', '.join(COLUMNS)} FROM visitor"
-INSERT = f"INSERT INTO visitor ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"
-UPDATE = (
-    f"UPDATE visitor SET {', '.join(f'{column} = :{column}' for column in COLUMNS[1:])}"
-    " WHERE number = :number"
-)
-
-# Returns compact JSON. Made once; json.dumps would make an encoder for each value.
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
 
 class VisitorNotFound(Exception):
     """No visitor has that token or `_id`."""
@@ -89,10 +51,6 @@ class VisitorNotFound(Exception):
 
 class UnknownField(Exception):
     """A custom field whose key is not configured, or none at all."""
-
-
-class InvalidEmail(Exception):
-    """What is no email; the text is what would have been kept of it."""
 
 
 class OverLimit(Exception):
@@ -110,14 +68,6 @@ def random_id() -> str:
     while len(id_) < ID_LENGTH:
         id_ += os.urandom(2 * ID_LENGTH).translate(_CHARACTERS, _DROPPED)
     return id_[:ID_LENGTH].decode()
-
-
-def normalize_email(text: str) -> str:
-    """Return an email as it is kept, trimmed and in lower case; raise `InvalidEmail`."""
-    email = text.strip(WHITE_SPACE).lower()
-    if not re.fullmatch("[^@]+@[^@]+", email):
-        raise InvalidEmail(email)
-    return email
 
 
 class VisitorStore:
@@ -364,72 +314,12 @@ def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str
     return as_visitor(row)
 
 
-def as_row(visitor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a visitor as its columns hold it."""
-    held = visitor["fields"]
-    texts = [visitor[field.column] or "" for field in FIELDS if field.searched]
-    return {
-        **visitor,
-        "search": search_text(*texts, *held.values()),
-        "digits": phone_digits(visitor["phone"]),
-        "fields": to_json(held),
-    }
-
-
-def search_text(*texts: str) -> str:
-    """Return texts in the form in which a search compares their parts, with NUL in between."""
-    return fold("\0".join(texts))
-
-
-def fold(text: str) -> str:
-    """Return a text in the form in which two that look alike are equal, letter case aside."""
-    if text.isascii():
-        return text.lower()
-    # Unicode's NFKC and full case folding; which leaves the dot of a Turkish capital I.
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return unicodedata.normalize("NFKC", folded).replace("i\u0307", "i")
-
-
-def phone_digits(text: str | None) -> str | None:
-    """Return the digits of a phone however it is written; None for what is no phone."""
-    text = unicodedata.normalize("NFKC", text or "")
-    return re.sub(r"\D", "", text) or None if re.fullmatch(r"[\d\s+()./-]+", text) else None
-
-
-def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
-    """Return a row of `SELECT` as a dict by column, with the custom fields as a dict."""
-    visitor = dict(zip(COLUMNS, row, strict=True))
-    return visitor | {"fields": json.loads(visitor["fields"])}
-
-
 def _next_guest(connection: apsw.Connection) -> int:
     number: int = connection.execute("UPDATE guest SET last = last + 1 RETURNING last").get
     return number
-
-
-def as_wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a visitor as the contract answers it (2.4): what is not set is absent."""
-    wire: dict[str, Any] = {"_id": "", "username": "", "status": "online"}  # in their places
-    for field in FIELDS:
-        value = visitor[field.column]
-        if field.kind == "time":
-            value = iso_date(value)
-        if value:
-            wire[field.key] = [{field.list_of: value}] if field.list_of else value
-    return wire
 
 
 def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a search answers of a visitor."""
     wire = as_wire(visitor)
     return {key: wire[key] for key in FOUND if key in wire}
-
-
-@lru_cache(maxsize=256)  # visitors that are registered at one moment have the same dates
-def iso_date(ms: int) -> str:
-    """Return a time, in milliseconds since 1970, as the contract writes it."""
-    try:
-        moment = datetime.fromtimestamp(ms / 1000, UTC)
-    except (ValueError, OverflowError):  # beyond the years that there are
-        raise apsw.CorruptError("a date of a visitor is damaged") from None
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

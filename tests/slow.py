@@ -11,7 +11,7 @@ import time
 from collections import Counter
 
 import storage
-from storage import visitors
+from storage import fields, visitors
 from tests.server import PATH
 
 REGISTER = b'{"visitor":{"token":"slow"}}'
@@ -201,16 +201,16 @@ class Asking:
                 self._connect()
 
 
-def fill(path, number, fields=()):
+def fill(path, number, custom=()):
     """Make a database with so many visitors, each with these custom fields."""
     rows = []
     for each in range(number):
-        visitor = dict.fromkeys(visitors.COLUMNS) | {
+        visitor = dict.fromkeys(fields.COLUMNS) | {
             "id": visitors.random_id(),
             "token": f"t{each}",
         }
         visitor |= {"username": f"guest-{each}", "name": f"{each * 7919 % number} of many"}
-        rows.append(visitors.as_row(visitor | {"ts": 1, "updated": 1, "fields": dict(fields)}))
+        rows.append(fields.as_row(visitor | {"ts": 1, "updated": 1, "fields": dict(custom)}))
     storage.prepare(path)
     with contextlib.closing(storage.Database(path)) as database:
-        database.write(lambda connection: connection.executemany(visitors.INSERT, rows) and None)
+        database.write(lambda connection: connection.executemany(fields.INSERT, rows) and None)

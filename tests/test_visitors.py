@@ -332,11 +332,11 @@ def test_pages_of_50_unless_asked_of_100_at_most(service):
 def large(service, token, value, fields):
     """Write a visitor with so many custom fields as they could be before their size had a limit."""
     held = {f"k{number}": value for number in range(fields)}
-    visitor = dict.fromkeys(visitors.COLUMNS) | {"id": visitors.random_id(), "token": token}
+    visitor = dict.fromkeys(fields.COLUMNS) | {"id": visitors.random_id(), "token": token}
     visitor |= {"name": token, "username": token, "ts": service.now, "updated": service.now}
     visitor["fields"] = held
-    row = visitors.as_row(visitor)
-    service.database.write(lambda connection: connection.execute(visitors.INSERT, row) and None)
+    row = fields.as_row(visitor)
+    service.database.write(lambda connection: connection.execute(fields.INSERT, row) and None)
 
 
 @pytest.mark.parametrize(
