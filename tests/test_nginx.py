@@ -28,6 +28,7 @@ error_log {folder}/error.log;
 {user}
 events {{ worker_connections 768; }}
 http {{
+    access_log {folder}/access.log;
     client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
     # Who connects from 127.0.0.1 can be anybody: Server.request(headers={{"From": "192.0.2.1"}}).
@@ -216,7 +217,8 @@ def test_no_token_and_no_query_reaches_a_log_of_nginx(server):
         client.sendall(f"GET {PATH}/secret HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert client.recv(100).startswith(b"HTTP/1.1 503 ")
     logs = {path.name: path.read_text() for path in server.logs.glob("*.log")}
-    assert set(logs) == {"server.log", "livechat.log", "livechat.error.log", "error.log"}
+    names = {"server.log", "livechat.log", "livechat.error.log", "error.log", "access.log"}
+    assert set(logs) == names
     assert "secret" not in str(logs)
     assert "127.0.0.1" not in logs["livechat.log"]
     assert re.search(
