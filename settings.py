@@ -31,6 +31,7 @@ class Settings:
     cors_origins: str | tuple[str, ...] = "*"  # "*", or the origins whose pages may ask
     rate_limit: int | None = None  # calls a minute of one client to one route; none: any number
     trusted_proxies: int = 0  # in front of us, each of which appends to X-Forwarded-For
+    standin: str = ""  # "1" or "any": who may call /standin/; empty: it is not there
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -55,6 +56,7 @@ class Settings:
             rate_limit=_number("LIVECHAT_RATE_LIMIT", read("LIVECHAT_RATE_LIMIT"), 1),
             trusted_proxies=_number("LIVECHAT_TRUSTED_PROXIES", read("LIVECHAT_TRUSTED_PROXIES"), 0)
             or 0,
+            standin=_standin(read("LIVECHAT_STANDIN")),
         )
 
 
@@ -119,6 +121,12 @@ def _origins(value: str) -> str | tuple[str, ...]:
                 f"LIVECHAT_CORS_ORIGINS: {origin!r} is no origin such as https://example.org"
             )
     return origins
+
+
+def _standin(value: str) -> str:
+    if value not in ("", "1", "any"):
+        raise SettingError(f"LIVECHAT_STANDIN: {value!r} is none of 1 | any")
+    return value
 
 
 def _number(name: str, value: str, least: int) -> int | None:
