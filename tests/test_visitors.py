@@ -7,6 +7,7 @@ import urllib.parse
 import pytest
 
 from storage import visitors
+from storage.fields import COLUMNS, INSERT, as_row
 
 INFO = "/api/v1/livechat/visitors.info"
 SEARCH = "/api/v1/livechat/visitors.search"
