@@ -28,7 +28,7 @@ def curl_session():
 
 def test_the_curl_session_gives_the_shown_answers(server):
     session = curl_session()
-    assert len(session) >= 3
+    assert len(session) >= 2
     for command, shown in session:
         command = command.replace("localhost:3000", f"127.0.0.1:{server.port}")
         arguments = shlex.split(command.replace("\\\n", " "))
@@ -90,9 +90,6 @@ class my_chat_client:
 
 def test_the_readmes_stand_in_serves_a_test_suite(tmp_path):
     assert "1 passed" in stand_in(README, tmp_path)
-    assert (
-        "LIVECHAT_MATCH=token,phone,email LIVECHAT_DB=$(mktemp -d)/livechat.db make run" in README
-    )
 
 
 def test_the_chat_client_of_docs_standin_is_tested_with_it(tmp_path):

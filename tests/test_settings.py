@@ -149,6 +149,8 @@ COMMENT = "contains a comment, which would be a part of it"
         ("LIVECHAT_RATE_LIMIT", "5/m", "is not valid", RATE),
         ("LIVECHAT_RATE_LIMIT", "\u0665", "is not valid", RATE),
         ("LIVECHAT_TRUSTED_PROXIES", "-1", "is not valid", PROXIES),
+        ("LIVECHAT_STANDIN", "0", "is not valid", "it has to be 1 or any"),
+        ("LIVECHAT_STANDIN", "true", "is not valid", "it has to be 1 or any"),
         ("LIVECHAT_TRUSTED_PROXIES", "10.0.0.1", "is not valid", PROXIES),
     ],
 )
@@ -172,6 +174,7 @@ VALID = {
     "LIVECHAT_CORS_ORIGINS": "https://shop.example",
     "LIVECHAT_RATE_LIMIT": "5",
     "LIVECHAT_TRUSTED_PROXIES": "1",
+    "LIVECHAT_STANDIN": "any",
 }
 
 
@@ -250,7 +253,7 @@ def test_other_unknown_names_are_told_apart_from_those_of_others():
         "LIVECHAT_DB_PORT": "tcp://10.0.0.2:5432",
         "LIVECHAT_DB_PORT_5432_TCP_ADDR": "10.0.0.2",
     }
-    ours = {"LIVECHAT_STANDIN": "1", "LIVECHAT_STANDIN_HOME": "/x", "HOME": "/", "XLIVECHAT_DB": ""}
+    ours = {"LIVECHAT_STANDIN_HOME": "/x", "HOME": "/", "XLIVECHAT_DB": ""}
     assert read(**kubernetes, **ours) == read()
     assert read(LIVECHAT_LOG_LEVEL="S3CRET", LIVECHAT_COLOR="").unknown == (
         "LIVECHAT_COLOR",
