@@ -172,6 +172,9 @@ def test_a_failure_is_for_its_route_and_method_and_so_many_requests(standin):
     deleted = [standin.http.delete(f"{PATH}/t", expect_errors=True).status_int for _ in "abc"]
     assert deleted == [503, 503, 200]
     assert len(fail(standin, status=500, times=9)) == 1
+    assert standin.http.options(PATH).status_int == 200
+    assert standin.http.put(PATH, status=405).json["errorType"] == "error-method-not-allowed"
+    assert len(fail(standin, status=503)) == 2
     assert standin.http.delete("/standin/failures").json == {"success": True}
     standin.register("t")
 

@@ -154,6 +154,40 @@ def test_what_is_missing_is_said_in_one_line(project, tmp_path, arguments):
     assert status == 0, printed
 
 
+def unprepared(folder, recipe):
+    """Return a checkout without .venv, which `make .venv/run` prepares by a shell command."""
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.suffix == ".py" or entry.name in ("resources", "schemas", "storage"):
+            (folder / entry.name).symlink_to(entry)
+    (folder / "Makefile").write_text(f".venv/run:\n\t{recipe}\n")
+    return str(folder)
+
+
+def test_the_first_use_prepares_a_checkout_once(project, tmp_path):
+    link = f"echo made >>{tmp_path}/made; ln -s {sys.prefix} .venv"
+    checkout = unprepared(tmp_path / "checkout", link)
+    code = "def test_it(livechat): pass\ndef test_other(livechat): pass"
+    status, printed = run_tests(project, code, "-n2", LIVECHAT_STANDIN_HOME=checkout)
+    assert status == 0, printed
+    assert (tmp_path / "made").read_text() == "made\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "line"),
+    [("@echo no; echo network >&2; exit 1", os.environ["PATH"], "no network"), ("", "", "make,")],
+)
+def test_why_a_checkout_is_not_prepared_is_said_in_one_line(
+    tmp_path, monkeypatch, recipe, path, line
+):
+    checkout = unprepared(tmp_path / "checkout", recipe)
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(RuntimeError) as raised, livechat_standin.start(checkout):
+        pass
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_setting_that_does_not_start_is_said_in_one_line():
     with (
         pytest.raises(RuntimeError) as raised,

@@ -46,8 +46,9 @@ async function main() {
 
   const erased = await client.deleteVisitor();
   assert.equal(erased._id, granted._id);
-  await refused(client.visitor(), 400, "[invalid-token]");
-  await refused(client.deleteVisitor(), 400, "[invalid-token]");
+  // Its slash makes an unknown token an unknown path.
+  await refused(client.visitor(), 404, "Resource not found [error-not-found]");
+  await refused(client.deleteVisitor(), 404, "Resource not found [error-not-found]");
   await refused(client.updateVisitorStatus("busy"), 400, "[invalid-token]");
   await refused(client.sendCustomField(field), 400, "invalid-token");
   await refused(client.sendCustomFields({ token, customFields: [city] }), 400, "invalid-token");
