@@ -12,7 +12,7 @@ import falcon
 
 import schemas
 import storage
-from resources import custom_fields, errors, inbox, service, visitor, visitors
+from resources import custom_fields, errors, inbox, service, standin, visitor, visitors
 from resources.body import BodyLimit
 from resources.errors import log
 from resources.rate_limit import RateLimit
@@ -95,6 +95,12 @@ def create_app(
     `clock` returns milliseconds since 1970, by which the rate limit counts.
     """
     middleware: list[Any] = [falcon.CORSMiddleware(settings.cors_origins), Common(settings)]
+    served = routes(store, settings)
+    if settings.standin:
+        served["/api/openapi.json"] = service.FixedResource(standin.openapi())
+        names = {resource: template(route) for route, resource in served.items()}
+        own = standin.Standin(store, settings, names)
+        middleware.append(own)
     if settings.rate_limit:
         middleware.append(RateLimit(settings.rate_limit, settings.trusted_proxies, clock))
     middleware.append(BodyLimit())
@@ -105,8 +111,10 @@ def create_app(
     app.add_error_handler(falcon.HTTPMethodNotAllowed, errors.answer_wrong_method)
     app.add_error_handler(schemas.InvalidParams, errors.refuse_params)
     app.add_error_handler(storage.Unavailable, errors.answer_unavailable)
-    for path, resource in routes(store, settings).items():
+    for path, resource in served.items():
         app.add_route(path, resource)
+    for name in standin.NAMES if settings.standin else ():
+        app.add_route(standin.PREFIX + name, own, suffix=name)
     return app
 
 

@@ -197,6 +197,7 @@ ENVIRON = {
     "wsgi.multiprocess": False,
     "wsgi.run_once": False,
     "SCRIPT_NAME": "",
+    "livechat.sleep": lambda seconds: wait_for(asyncio.sleep(seconds)),  # for resources/standin.py
 }
 
 
@@ -473,6 +474,7 @@ class Connection(HttpToolsProtocol):
             "REMOTE_ADDR": self.client[0] if self.client else "",
             "CONTENT_LENGTH": str(MAX_BODY + 1 if self.body is None else len(body)),
             "wsgi.input": io.BytesIO(body),
+            "livechat.drop": self.transport.abort,
         }
         for name, value in self.headers:
             if name in FRAMING or b"_" in name:  # X_Forwarded_For would count as X-Forwarded-For

@@ -117,6 +117,12 @@ def _origins(value: str) -> str | tuple[str, ...]:
     return origins
 
 
+def _standin(value: str) -> str:
+    if value not in ("1", "any"):
+        raise ValueError("is not valid")
+    return value
+
+
 def _variable(name: str, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
     return {"name": name, "parse": parse, "form": form}
 
@@ -174,6 +180,9 @@ class Settings:
             "LIVECHAT_TRUSTED_PROXIES", partial(_number, 0, 10**9), "a whole number from 0 on"
         ),
     )
+    standin: str = field(  # who may call /standin/; empty: it is not there
+        default="", metadata=_variable("LIVECHAT_STANDIN", _standin, "1 or any")
+    )
     configured: tuple[str, ...] = ()  # NAME=value of each variable that is set; no secret
     unknown: tuple[str, ...] = ()  # the names of variables that look like ours and are not
 
@@ -210,8 +219,7 @@ class Settings:
 VARIABLES = {
     variable.metadata["name"]: variable for variable in fields(Settings) if variable.metadata
 }
-# Those of livechat_standin.py are not read here.
-KNOWN = (*VARIABLES, "LIVECHAT_STANDIN", "LIVECHAT_STANDIN_HOME")
+KNOWN = (*VARIABLES, "LIVECHAT_STANDIN_HOME")  # which livechat_standin.py reads
 # How somebody may begin to write each of them after LIVECHAT_.
 SHORT = {"DATABASE": "LIVECHAT_DB"} | {name.removeprefix("LIVECHAT_"): name for name in KNOWN}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -34,7 +35,7 @@ def read(req: falcon.Request, check: Callable[[Any], None]) -> Any:
     Falcon's own media is not enough: it takes a chunked body for an empty one and a short one for
     whole, has no limit, and its JSON takes NaN and lone surrogates. The order is the contract's.
     """
-    data, complete = _receive(req)
+    data, complete = receive(req)
     if len(data) > MAX_BODY:
         raise refusal("error-body-too-large")
     if data or not complete:
@@ -49,7 +50,7 @@ def read(req: falcon.Request, check: Callable[[Any], None]) -> Any:
     return body
 
 
-def _receive(req: falcon.Request) -> tuple[bytes, bool]:
+def receive(req: falcon.Request) -> tuple[bytes, bool]:
     """Return the body, at most a byte above the limit, and whether all of it came."""
     announced = req.content_length
     if announced is None and not req.env.get("wsgi.input_terminated"):
@@ -80,7 +81,7 @@ def parse(data: bytes) -> Any:
     Raise `ValueError`, which says what is not strict JSON and where, and quotes no data.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     try:

@@ -26,6 +26,11 @@ REFUSALS = {
     "error-invalid-sort": (400, 'Invalid sort parameter provided: "{sort}"'),
     "error-invalid-json": (400, "The request body is not valid JSON: {reason}"),
     "error-incomplete-body": (400, "The request body is incomplete"),
+    "error-standin-refused": (
+        403,
+        "Only programs on this machine are admitted, with LIVECHAT_STANDIN=any those on others too,"
+        " but no web pages",
+    ),
     "error-not-found": (404, "Resource not found"),
     "error-method-not-allowed": (405, "Method not allowed"),
     "error-request-timeout": (408, "The request did not come in time"),
@@ -37,6 +42,7 @@ REFUSALS = {
         " You must wait {seconds} seconds before trying this endpoint again.",
     ),
     "error-internal": (500, "Internal server error"),
+    "error-not-supported": (501, "Only the service's own server delays and drops requests"),
     "error-database-unavailable": (503, "The visitor database is unavailable"),
 }
 # The refusals whose type is "error-invalid-request": what is not HTTP, or beyond a limit.

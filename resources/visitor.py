@@ -13,14 +13,15 @@ from resources.body import read
 from resources.errors import Refusal, log_erasure, refusal, to_json, unknown_token
 from settings import Settings
 
+GIVEN = [field.column for field in storage.FIELDS if field.given]  # keys of a registration
+
 
 def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what `VisitorStore.register` takes, or raise the first refusal of contract 2.2."""
     token = visitor["token"]
     if not token.strip(storage.WHITE_SPACE):
         raise refusal("error-invalid-token", {"method": "livechat/visitor"})
-    known = [field.column for field in storage.FIELDS if field.given]
-    given = {key: visitor[key] for key in known if visitor.get(key)}
+    given = {key: visitor[key] for key in GIVEN if visitor.get(key)}
     if "email" in given:
         try:
             given["email"] = storage.normalize_email(given["email"])

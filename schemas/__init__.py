@@ -128,6 +128,7 @@ _TYPES: dict[str, Any] = {
     "string": str,
     "boolean": bool,
     "number": (int, float),
+    "integer": int,
 }
 _compile = cache(re.compile)
 _extend: Any = extend  # which has no types
@@ -194,6 +195,10 @@ _AJV = {
     "maxLength": "must NOT have more than {wanted} characters",
     "maxItems": "must NOT have more than {wanted} items",
     "minimum": "must be >= {wanted}",
+    "maximum": "must be <= {wanted}",
+    "enum": "must be equal to one of the allowed values",
+    "anyOf": "must match a schema in anyOf",
+    "not": "must NOT be valid",
     "pattern": "must NOT contain NUL characters",
 }
 

@@ -102,7 +102,9 @@ def fold(text: str) -> str:
 
 def phone_digits(text: str | None) -> str | None:
     """Return the digits of a phone however it is written; None for what is no phone."""
-    text = unicodedata.normalize("NFKC", text or "")
+    if not text:
+        return None
+    text = unicodedata.normalize("NFKC", text)
     return re.sub(r"\D", "", text) or None if re.fullmatch(r"[\d\s+()./-]+", text) else None
 
 

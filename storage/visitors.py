@@ -246,6 +246,22 @@ class VisitorStore:
             ],
         }
 
+    def newest(self, count: int) -> list[dict[str, Any]]:
+        """Return the newest visitors, so many at most, in the order of creation."""
+        sql = f"SELECT * FROM ({SELECT} ORDER BY number DESC LIMIT ?) ORDER BY number"
+        return self._database.scan(
+            lambda connection: [
+                as_wire(as_visitor(row)) for row in connection.execute(sql, (count,))
+            ]
+        )
+
+    def reset(self) -> None:
+        """Delete every visitor, whose data is then gone; the next guest is the first one again."""
+        self._database.write(
+            lambda connection: connection.execute("DELETE FROM visitor; UPDATE guest SET last = 1"),
+            erases=True,
+        )
+
     def ping(self) -> None:
         """Read the files anew; raise `Unavailable` where they are missing or damaged.
 

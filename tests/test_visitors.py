@@ -7,6 +7,7 @@ import urllib.parse
 import pytest
 
 from storage import visitors
+from storage.fields import COLUMNS, INSERT, as_row
 
 INFO = "/api/v1/livechat/visitors.info"
 SEARCH = "/api/v1/livechat/visitors.search"
@@ -332,11 +333,11 @@ def test_pages_of_50_unless_asked_of_100_at_most(service):
 def large(service, token, value, fields):
     """Write a visitor with so many custom fields as they could be before their size had a limit."""
     held = {f"k{number}": value for number in range(fields)}
-    visitor = dict.fromkeys(fields.COLUMNS) | {"id": visitors.random_id(), "token": token}
+    visitor = dict.fromkeys(COLUMNS) | {"id": visitors.random_id(), "token": token}
     visitor |= {"name": token, "username": token, "ts": service.now, "updated": service.now}
     visitor["fields"] = held
-    row = fields.as_row(visitor)
-    service.database.write(lambda connection: connection.execute(fields.INSERT, row) and None)
+    row = as_row(visitor)
+    service.database.write(lambda connection: connection.execute(INSERT, row) and None)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,15 @@
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from tests.server import Server
+import livechat_standin
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder)).wait()
-        try:
-            script = Path(__file__).with_name("sdk.js")
-            return subprocess.run(
-                ["node", str(script), f"http://127.0.0.1:{server.port}"]
-            ).returncode
-        finally:
-            server.stop()
+    with livechat_standin.start() as standin:
+        script = Path(__file__).with_name("sdk.js")
+        return subprocess.run(["node", str(script), standin.url]).returncode
 
 
 if __name__ == "__main__":
