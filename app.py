@@ -147,7 +147,7 @@ def prepare(settings: Settings) -> None:
         log.info("opened %s (%d visitors)", settings.database, visitors)
     log.info("configured: %s", " ".join(settings.configured) or "nothing")
     if settings.agent is None:
-        log.info("LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401")
+        log.info("LIVECHAT_AGENT is not set: /inbox and the calls for the agent answer nobody")
     if settings.unknown:
         log.warning("unknown variables, which have no effect: %s", " ".join(settings.unknown))
 

@@ -90,7 +90,7 @@ def start(checkout: str = "", **settings: str) -> Iterator[Standin]:
 
 
 def main() -> None:
-    """Become the service; a child that is left behind prints its URL, and ends it in time."""
+    """Become the service; a forked child prints its URL, watches the parent and stops it."""
     parent, master = os.getppid(), os.getpid()
     environ = {name: text for name, text in os.environ.items() if not name.startswith(FOREIGN)}
     folders = [argument for argument in sys.argv[1:] if "=" not in argument]
@@ -101,7 +101,8 @@ def main() -> None:
     environ |= {"LIVECHAT_DB": f"{folder}/livechat.db", "LIVECHAT_STANDIN": "1"}
     environ["LIVECHAT_MATCH"] = "token,phone,email"  # as Rocket.Chat's
     environ |= dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    # Who holds the socket takes no other server for the service; who connects waits for its start.
+    # As the socket is bound here and handed over, no other server can get the port, and early
+    # clients wait for the start.
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         standin = Standin(f"http://127.0.0.1:{listener.getsockname()[1]}", f"{folder}/livechat.log")
         log = os.open(standin.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

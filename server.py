@@ -53,12 +53,12 @@ STOP_TIME = 1  # seconds in which an open connection may send one more request a
 LINGER_TIME = 2  # seconds for which a client may go on sending after its last answer: RFC 9112, 9.6
 MAX_LINGER = 2**23  # bytes that it may send meanwhile
 CHECK_INTERVAL = 0.2  # seconds between two checks of the deadlines of all connections
-MAX_LINE = 8_190  # bytes of a URL, and of a header field
+MAX_URL_OR_FIELD = 8_190  # bytes of a URL, and of a header field
 MAX_HEAD = 65_536  # bytes
-MAX_FIELDS = 64  # header fields of a request
+MAX_HEADER_FIELDS = 64
 MAX_CHUNKED = 73_728  # bytes of a chunked body, its chunk headers included
-MAX_EMPTY_LINES = 64  # bytes of empty lines before a request
-MAX_PIECE = 8_192  # bytes that are parsed between two checks of these limits
+MAX_EMPTY_BYTES = 64  # bytes of empty lines before a request
+PARSE_BYTES = 8_192  # bytes that are parsed between two checks of these limits
 MAX_ACCEPTED = 20  # connections that are accepted in one turn of the loop
 SPARE_FILES = 150  # descriptors for our own files and for connections that are just accepted
 MAX_WAITING = 100  # long reads that wait for their thread
@@ -67,7 +67,7 @@ QUICK_COMMITS = 100  # in a row, after which commits are made on the loop again
 MAX_TURNS = 3  # turns of the loop for which a group waits for more writes
 
 
-class Request(greenlet):
+class RequestGreenlet(greenlet):
     """The greenlet in which the app answers a request."""
 
     waits_for: asyncio.Future[Any] | None = None  # is cancelled if the client disconnects
@@ -99,6 +99,11 @@ def wait_for(awaitable: Awaitable[Any]) -> Any:
         request.waits_for = None  # or the result, such as a page of a search, stays in memory
 
 
+def sleep(seconds: float) -> None:
+    """Return after so many seconds; the loop goes on meanwhile."""
+    wait_for(asyncio.sleep(seconds))
+
+
 class Turns(storage.Waiting):
     """A request waits in its greenlet while the loop goes on; writes share transactions."""
 
@@ -109,9 +114,9 @@ class Turns(storage.Waiting):
         # How many quick commits it takes until they are made on the loop. The first ones are not,
         # so that a slow disk is never felt.
         self._quick_missing = QUICK_COMMITS
-        self._disk = ThreadPoolExecutor(1, "commits")
-        self._waiting = 0  # long reads, with the one that runs
-        self._thread = ThreadPoolExecutor(1, "long calls")
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._long_reads = 0  # long reads, with the one that runs
+        self._scans = ThreadPoolExecutor(1, "scans")
 
     def commit(self, database: storage.Database, write: storage.PendingWrite[Any]) -> None:
         """Return when `write` is on the disk, or has an error."""
@@ -122,13 +127,13 @@ class Turns(storage.Waiting):
 
     def in_thread(self, call: Callable[[], Any]) -> Any:
         """Return the result of a call that takes long; raise `Unavailable` where too many wait."""
-        if self._waiting >= MAX_WAITING:
+        if self._long_reads >= MAX_WAITING:
             raise storage.Unavailable("BusyError: too many searches wait")
-        self._waiting += 1
+        self._long_reads += 1
         try:
-            return wait_for(asyncio.get_running_loop().run_in_executor(self._thread, call))
+            return wait_for(asyncio.get_running_loop().run_in_executor(self._scans, call))
         finally:
-            self._waiting -= 1
+            self._long_reads -= 1
 
     def on_disk(self, call: Callable[[], Any]) -> Any:
         """Return the result of a call that waits for the disk."""
@@ -136,7 +141,7 @@ class Turns(storage.Waiting):
 
     def sleep(self, seconds: float) -> None:
         """Return after so many seconds."""
-        wait_for(asyncio.sleep(seconds))
+        sleep(seconds)
 
     async def _write(self, database: storage.Database) -> None:
         """Commit what waits, group by group, as long as anything does."""
@@ -197,7 +202,7 @@ ENVIRON = {
     "wsgi.multiprocess": False,
     "wsgi.run_once": False,
     "SCRIPT_NAME": "",
-    "livechat.sleep": lambda seconds: wait_for(asyncio.sleep(seconds)),  # for resources/standin.py
+    "livechat.sleep": sleep,  # for resources/standin.py
 }
 
 
@@ -215,7 +220,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
-        self.request: Request | None = None
+        self.request: RequestGreenlet | None = None
         self.last_request = self.loop.time()  # when it was complete; at first, of the connection
         self.discards = False  # whether what still comes is thrown away
         self.eof = False  # whether the client has ended its sending side
@@ -269,8 +274,8 @@ class Connection(HttpToolsProtocol):
             self.read_no_more()
             return
         try:
-            for start in range(0, len(data), MAX_PIECE):
-                self.parse(data[start : start + MAX_PIECE])
+            for start in range(0, len(data), PARSE_BYTES):
+                self.parse(data[start : start + PARSE_BYTES])
                 if self.discards:
                     break
         except Refusal as refused:
@@ -279,7 +284,7 @@ class Connection(HttpToolsProtocol):
         if self.complete:
             self.last_request = self.loop.time()
             self.enter("running", float("inf"))
-            self.request = Request(self.answer)
+            self.request = RequestGreenlet(self.answer)
             self.request.switch()
         elif self.phase == "idle":
             self.enter("receiving", REQUEST_TIME)
@@ -312,7 +317,7 @@ class Connection(HttpToolsProtocol):
                     raise invalid_request("not HTTP", error) from None
             finally:
                 del reason  # or a reference cycle would keep the piece in memory
-        if not self.started and self.size > MAX_EMPTY_LINES:
+        if not self.started and self.size > MAX_EMPTY_BYTES:
             raise invalid_request("empty lines")
         if self.in_head:
             self.check_head(self.size)
@@ -334,18 +339,18 @@ class Connection(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         if self.in_head:
             self.url += url
-            if len(self.url) > MAX_LINE:
-                raise invalid_request("long URL", MAX_LINE)
+            if len(self.url) > MAX_URL_OR_FIELD:
+                raise invalid_request("long URL", MAX_URL_OR_FIELD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:  # a trailer
             return
         size = len(name) + len(value) + 4
         self.parsed += size
-        if size > MAX_LINE:
-            raise invalid_request("large field", MAX_LINE)
-        if len(self.headers) == MAX_FIELDS:
-            raise invalid_request("many fields", MAX_FIELDS)
+        if size > MAX_URL_OR_FIELD:
+            raise invalid_request("large field", MAX_URL_OR_FIELD)
+        if len(self.headers) == MAX_HEADER_FIELDS:
+            raise invalid_request("many fields", MAX_HEADER_FIELDS)
         self.check_head(self.parsed)
         self.headers.append((name.lower(), value))
 
@@ -566,7 +571,7 @@ class Server(uvicorn.Server):
         if now - self._looked_after > 1:
             self._looked_after = now
             self._worker.notify()  # or the master would end this process
-            Request(self._look_after_database).switch()
+            RequestGreenlet(self._look_after_database).switch()
             if os.getppid() != self._worker.ppid:  # the master has ended
                 self.should_exit = True
 
@@ -574,7 +579,7 @@ class Server(uvicorn.Server):
         try:
             self._worker.database.look_after()
         except storage.Unavailable:
-            pass  # the next request logs it
+            pass  # a commit is running, or there is a fault that the next request logs
         except Exception as error:
             log_unforeseen(error)
 

@@ -210,7 +210,7 @@ class Settings:
 
     @property
     def bind(self) -> str:
-        """Where to listen, as gunicorn takes it."""
+        """Return the address to listen on, as gunicorn takes it."""
         # A host that sets PORT routes to it from outside; without one this is somebody's laptop.
         host = self.host or ("127.0.0.1" if self.port is None else "0.0.0.0")
         return f"{host}:{3000 if self.port is None else self.port}"
@@ -219,8 +219,8 @@ class Settings:
 VARIABLES = {
     variable.metadata["name"]: variable for variable in fields(Settings) if variable.metadata
 }
-KNOWN = (*VARIABLES, "LIVECHAT_STANDIN_HOME")  # which livechat_standin.py reads
-# How somebody may begin to write each of them after LIVECHAT_.
+KNOWN = (*VARIABLES, "LIVECHAT_STANDIN_HOME")  # the last is read by livechat_standin.py alone
+# What may follow LIVECHAT_ in a misspelled name, and the variable that is meant.
 SHORT = {"DATABASE": "LIVECHAT_DB"} | {name.removeprefix("LIVECHAT_"): name for name in KNOWN}
 
 

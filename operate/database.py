@@ -13,6 +13,7 @@ import apsw
 
 from operate import Failed
 from storage.database import Database, Unavailable, check_sizes, connect, describe, transaction
+from storage.fields import MAX_INTEGER
 from storage.migrations import PrepareError, check_found, newest, refusals, version_of
 
 SLICE = 0.02  # seconds that one of many write transactions takes
@@ -56,7 +57,7 @@ def _check_newest(path: str) -> None:
         raise PrepareError(f"{path}: of an older version; a start of the service brings it up")
 
 
-def in_turns(
+def in_slices(
     database: Database, items: Sequence[S], do: Callable[[apsw.Connection, S], T]
 ) -> Iterator[list[T]]:
     """Do something with each item, in transactions of `SLICE` with pauses for other writers.
@@ -87,14 +88,14 @@ def in_turns(
 
 
 def count(
-    connection: apsw.Connection, since: int = 0, until: int = 2**63 - 1, after: int = 0
+    connection: apsw.Connection, since: int = 0, until: int = MAX_INTEGER, after: int = 0
 ) -> int:
     """Return how many visitors were last changed in that time, in milliseconds, end excluded.
 
     Only those with a number `after` that one are counted.
     """
     sql = "SELECT count(*) FROM visitor"
-    if (since, until, after) != (0, 2**63 - 1, 0):  # or SQLite counts in the smallest index
+    if (since, until, after) != (0, MAX_INTEGER, 0):  # or SQLite counts in the smallest index
         sql += " WHERE updated >= :since AND updated < :until AND number > :after"
     given = {"since": since, "until": until, "after": after}
     return int(connection.execute(sql, given).get)

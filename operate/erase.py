@@ -13,7 +13,7 @@ from contextlib import closing
 import apsw
 
 from operate import Failed, some
-from operate.database import forget, in_turns, writable
+from operate.database import forget, in_slices, writable
 from storage.database import Database
 from storage.fields import iso_date, phone_digits
 
@@ -91,7 +91,7 @@ def erase_people(database: Database, wanted: set[Key]) -> Iterator[tuple[str, se
         return f"{id_}: {times}, {fields} custom fields", keys
 
     while numbers := database.read(find):  # until none was registered in between
-        for batch in in_turns(database, numbers, delete):
+        for batch in in_slices(database, numbers, delete):
             yield from filter(None, batch)
 
 

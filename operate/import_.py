@@ -15,14 +15,14 @@ import apsw
 
 import storage
 from operate import Failed, bar
-from operate.database import in_turns, writable
+from operate.database import in_slices, writable
 from operate.export import FORM
 from storage.fields import (
     COLUMNS,
     DERIVED,
     FIELDS,
     INSERT,
-    MAX_FIELDS,
+    MAX_CUSTOM_FIELDS,
     SELECT,
     Field,
     as_row,
@@ -32,7 +32,7 @@ from storage.migrations import newest
 
 ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
 EXAMPLE = "import visitors.jsonl"
-MAX_LINE = 2**24  # bytes; the largest visitor takes 7 MB
+MAX_LINE = 2**24  # bytes; a visitor from before there was a limit takes up to 7 MB
 # Of a visitor or a guest: whatever is counted on from here is still exact wherever JSON is read.
 MAX_NUMBER = 2**52
 BATCH = 2**20  # bytes of lines that are read before they are written
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, database: str) -> None:
             with closing(writable(database)) as target, closing(bar(total=visitors)) as progress:
                 target.write(lambda connection: connection.execute(raised, (guest,)).get)
                 for batch in batches(file, visitors):
-                    for done in in_turns(target, batch, put):
+                    for done in in_slices(target, batch, put):
                         tally.update(done)
                         progress.update(len(done))
         except BadLine as error:
@@ -154,8 +154,8 @@ def _value(field: Field, value: Any) -> Any:
                 return ms
         raise ValueError(f"{field.key}: not a time such as 2022-06-29T06:05:01.392Z")
     if field.kind == "custom fields":
-        if not isinstance(value, dict) or len(value) > MAX_FIELDS:
-            raise ValueError(f"{field.key}: not an object with {MAX_FIELDS} keys at most")
+        if not isinstance(value, dict) or len(value) > MAX_CUSTOM_FIELDS:
+            raise ValueError(f"{field.key}: not an object with {MAX_CUSTOM_FIELDS} keys at most")
         if "" in value or not all(isinstance(text, str) for text in value.values()):
             raise ValueError(f"{field.key}: an empty key, or a value that is no text")
         _check("".join([*value, *value.values()]), field.key)

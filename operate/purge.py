@@ -12,7 +12,7 @@ from contextlib import closing
 import apsw
 
 from operate import Failed, bar, some
-from operate.database import count, forget, in_turns, snapshot, writable
+from operate.database import count, forget, in_slices, snapshot, writable
 from storage.database import Database
 from storage.fields import iso_date
 
@@ -83,5 +83,5 @@ def delete_older(database: Database, until: int) -> Iterator[int]:
         return [found for (found,) in connection.execute(sql, (number, until))]
 
     while numbers := database.read(find):
-        yield from map(sum, in_turns(database, numbers, delete))
+        yield from map(sum, in_slices(database, numbers, delete))
         number = numbers[-1]

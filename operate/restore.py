@@ -40,7 +40,8 @@ def run(args: argparse.Namespace, database: str) -> None:
     guard(args.file, database)
     parent, name = os.path.split(database)
     with not_in_use(database):
-        # One that was cut short goes on in its folder, which has not yet what is still here.
+        # Continue an interrupted restore in its folder, unless the database is both here and there:
+        # then that folder is of an earlier, finished one.
         before = [os.path.dirname(one) for one in glob(f"{escape(database)}-before-*/restored")]
         there = os.path.lexists(database)
         before = [one for one in before if not (there and os.path.lexists(f"{one}/{name}"))]

@@ -1,4 +1,4 @@
-"""Every error that an answer can have: its status and text, its shape, and how it is logged."""
+"""The errors of answers: status, text and shape, and how they are logged; but for schemas/'s."""
 
 from __future__ import annotations
 

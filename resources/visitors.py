@@ -84,7 +84,7 @@ class VisitorSearchResource:
             if value or key not in ("count", "offset")  # an empty one is its default
         }
         self._check(query)
-        count = min(int(min(query.get("count", 0), MAX_COUNT)) or DEFAULT_COUNT, MAX_COUNT)
+        count = int(min(query.get("count", 0), MAX_COUNT)) or DEFAULT_COUNT
         offset = int(min(query.get("offset", 0), storage.MAX_INTEGER))
         sort = _sort(query.get("sort", ""))
         visitors, total = self._store.search(query["term"], sort, offset, count)

@@ -1,4 +1,4 @@
-"""The visitors in one SQLite file: all the SQL there is, and no word of HTTP."""
+"""The visitors in one SQLite file: the SQL of the service, and no word of HTTP."""
 
 from storage.database import Database, Identity, PendingWrite, Unavailable, Waiting
 from storage.fields import (

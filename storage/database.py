@@ -14,10 +14,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import apsw
 
-from storage.scrubber import NAME, register
+from storage.scrubber import SCRUBBER, register_scrubber
 
 APPLICATION_ID = 0x4C435631  # "LCV1", in the header of every database of ours
-TIMEOUT = 5.0  # seconds that one read or write may wait, in queues and in SQLite together
+TIMEOUT = 5.0  # seconds that a write may wait altogether, a read in each queue and in SQLite
 GROUP_TIME = 0.02  # seconds of work after which a group of writes is committed
 BEGIN_RETRY = 0.002  # seconds between two tries to begin while another program is writing
 CHECKPOINT = 1000  # pages by which the WAL grows from one checkpoint to the next
@@ -79,7 +79,9 @@ class PendingWrite(Generic[T]):
                 try:
                     self._result = self._work(connection)
                 except Exception as error:
-                    fault = error  # the savepoint raises another one where SQLite has undone all
+                    # The first error is the reason. Where SQLite has rolled back everything, the
+                    # end of the savepoint raises a second one.
+                    fault = error
                     raise
         except Exception as error:
             fault = fault or error
@@ -155,15 +157,15 @@ class Files(NamedTuple):
     length: int  # bytes of the database file
 
 
-def look_at(path: str) -> tuple[Files, int]:
+def stat_files(path: str) -> tuple[Files, int]:
     """Return the files at `path`, and the bytes of the WAL; raise FileNotFoundError."""
     database = os.stat(path)
-    wal, bytes_in_wal = _look(f"{path}-wal")
-    shm, _ = _look(f"{path}-shm")
+    wal, bytes_in_wal = stat_file(f"{path}-wal")
+    shm, _ = stat_file(f"{path}-shm")
     return Files((database.st_dev, database.st_ino), wal, shm, database.st_size), bytes_in_wal
 
 
-def _look(path: str) -> tuple[Identity, int]:
+def stat_file(path: str) -> tuple[Identity, int]:
     """Return which file is there, and its size."""
     try:
         status = os.stat(path)
@@ -223,10 +225,10 @@ class Database:
         self._checkpointed = 0  # pages that were in it at the last checkpoint
         self._erasure_due = True  # as a process that ended may have left one
         self._version = 0  # which changes when another process writes
-        self._erasures = 0  # how many are being waited for
-        self._no_erasure = threading.Event()  # set while it is none
-        self._no_erasure.set()
-        self._impatient_until = 0.0  # seconds of `time.monotonic`, until which none waits
+        self._tidying = 0  # how many are being waited for
+        self._none_tidies = threading.Event()  # set while it is none
+        self._none_tidies.set()
+        self._no_wait_until = 0.0  # seconds of `time.monotonic`, until which none waits
 
     def open(self) -> None:
         """Open the file, and hold it open; raise `Unavailable`."""
@@ -276,10 +278,10 @@ class Database:
         a minute. Raise `Unavailable`.
         """
         start = time.monotonic()
-        if start < self._impatient_until:
+        if start < self._no_wait_until:
             seconds = 0
-        self._erasures += 1
-        self._no_erasure.clear()
+        self._tidying += 1
+        self._none_tidies.clear()
         try:
             while self._erasure_due or self._pages > CROWDED:
                 scanning = self._scanner.lock.locked()
@@ -287,14 +289,14 @@ class Database:
                     break
                 if time.monotonic() > start + (ERASE_TIME if scanning else seconds):
                     if seconds:
-                        self._impatient_until = time.monotonic() + IN_VAIN
+                        self._no_wait_until = time.monotonic() + IN_VAIN
                     return False
                 self._waiting.sleep(ERASE_RETRY)
             return True
         finally:
-            self._erasures -= 1
-            if not self._erasures:
-                self._no_erasure.set()
+            self._tidying -= 1
+            if not self._tidying:
+                self._none_tidies.set()
 
     def look_after(self) -> None:
         """Tidy the WAL, also after a write of another process, which may have been an erasure.
@@ -320,10 +322,10 @@ class Database:
         """Close the file. The WAL goes into it, unless another program has it open."""
         with ExitStack() as held:
             for handle in self._handles:
-                handle.lock.acquire(timeout=TIMEOUT)
-                held.callback(handle.release)
+                if handle.lock.acquire(timeout=TIMEOUT):  # else whoever holds it is stuck
+                    held.callback(handle.release)
             with suppress(FileNotFoundError):
-                now, _ = look_at(self.path)
+                now, _ = stat_files(self.path)
                 before = self._files
                 # Not where one was moved away, and may be put back.
                 if before and (now.database, now.wal) == (before.database, before.wal):
@@ -416,7 +418,8 @@ class Database:
             write.fail(fault)
 
     def _scan(self, work: Work[T], anew: bool, deadline: float) -> T:
-        self._no_erasure.wait(ERASE_TIME)  # which would have to wait for this
+        # A waiting erasure goes first, as it cannot empty the WAL during a scan.
+        self._none_tidies.wait(ERASE_TIME)
         if time.monotonic() > deadline:
             raise Unavailable("BusyError: the queue of searches")
         with self._held(self._scanner, anew) as connection, transaction(connection, "DEFERRED"):
@@ -442,10 +445,10 @@ class Database:
 
     def _usable(self, handle: Handle) -> apsw.Connection:
         """Return an open connection; raise where the files are not those that were opened."""
-        files, bytes_in_wal = look_at(self.path)
+        files, bytes_in_wal = stat_files(self.path)
         if files != self._files:
             with self._opening:  # look again, as another thread may have opened them meanwhile
-                files, bytes_in_wal = look_at(self.path)
+                files, bytes_in_wal = stat_files(self.path)
                 self._check_changed(files, handle)
         connection = handle.connection
         if connection is None:
@@ -466,7 +469,8 @@ class Database:
                 f" service, move {self.path}-wal and {self.path}-shm away, and start it"
             )
         before = self._files or now
-        # The start leaves no index. One without a WAL: a worker was killed, and its WAL moved away.
+        # After a start there is no -shm file. One without a -wal file means that a worker was
+        # killed and that somebody moved its WAL away.
         lacks_wal = self._files is None and self._prepared and now.shm != NONE == now.wal
         if lacks_wal or before.wal not in (NONE, now.wal):
             raise apsw.CantOpenError(
@@ -503,7 +507,7 @@ class Database:
                 raise apsw.NotADBError(f"{self.path} is not the database that the start prepared")
             configure(connection)
             check_sizes(connection, self.path)
-            self._files, _ = look_at(self.path)
+            self._files, _ = stat_files(self.path)
             self._identity = self._files.database
             self._page_size = connection.pragma("page_size")
             connection.set_busy_timeout(int(1000 * handle.seconds))
@@ -544,8 +548,8 @@ def connect(path: str, checkpoints: bool = False) -> apsw.Connection:
     damaged. SQLite waits `TIMEOUT` seconds for other programs inside a call.
     """
     if checkpoints:
-        register()
-    vfs = NAME if checkpoints else None
+        register_scrubber()
+    vfs = SCRUBBER if checkpoints else None
     connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs)
     connection.set_busy_timeout(int(1000 * TIMEOUT))
     connection.wal_autocheckpoint(0)
@@ -597,7 +601,7 @@ def check_sizes(connection: apsw.Connection, path: str) -> None:
     page_size = connection.pragma("page_size")
     whole = connection.pragma("page_count") * page_size
     # Pages that were never in the file are in the WAL.
-    if _look(path)[1] < whole - max(0, pages_in_wal(connection)) * page_size:
+    if stat_file(path)[1] < whole - max(0, pages_in_wal(connection)) * page_size:
         raise apsw.CorruptError(f"{path} was cut")
 
 
@@ -605,7 +609,7 @@ def wal_is_whole(connection: apsw.Connection, path: str) -> bool:
     """Return whether the WAL at `path` is as long as its index says: nobody has cut it."""
     frame = FRAME + connection.pragma("page_size")
     # Three looks, as another process may empty it and write to it between the two halves of one.
-    return any(_look(f"{path}-wal")[1] >= pages_in_wal(connection) * frame for _ in range(3))
+    return any(stat_file(f"{path}-wal")[1] >= pages_in_wal(connection) * frame for _ in range(3))
 
 
 def pages_in_wal(connection: apsw.Connection) -> int:

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import apsw
 
-MAX_FIELDS = 256  # custom fields on one visitor (contract, 2.1)
-MAX_FIELDS_BYTES = 65_536  # of all of them, as JSON in UTF-8
+MAX_CUSTOM_FIELDS = 256  # custom fields on one visitor (contract, 2.1)
+MAX_CUSTOM_FIELDS_BYTES = 65_536  # of all of them, as JSON in UTF-8
 MAX_INTEGER = 2**63 - 1  # of SQLite
 # JavaScript's white space, which is not Python's (ECMA-262, WhiteSpace and LineTerminator).
 WHITE_SPACE = (
@@ -29,13 +29,13 @@ class Field(NamedTuple):
     key: str  # in an answer (contract, 2.4), and in an export
     kind: Literal["text", "time", "custom fields"] = "text"
     list_of: str = ""  # the key of the one object, where the answer has a list of objects
-    given: bool = True  # by a registration, as the column is called
+    given: bool = True  # a registration may give it, under the column's name
     required: bool = False  # in every visitor
     searched: bool = False  # for a part of its text
 
 
-# Everything that is stored, answered, exported, imported and sent on follows from this table, in
-# the order of an answer. What a registration may give, and in which form, says visitor.json.
+# What is written, answered by token, exported, imported and sent on follows from this table, in
+# the order of an answer. schema.sql, visitor.json and `FOUND`, a search's answer, are beside it.
 FIELDS = (
     Field("id", "_id", given=False, required=True),
     Field("username", "username", required=True, searched=True),
@@ -116,7 +116,11 @@ def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
 
 def as_wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return a visitor as the contract answers it (2.4): what is not set is absent."""
-    wire: dict[str, Any] = {"_id": "", "username": "", "status": "online"}  # in their places
+    wire: dict[str, Any] = {
+        "_id": "",
+        "username": "",
+        "status": "online",
+    }  # placeholders, for the order of the keys
     for field in FIELDS:
         value = visitor[field.column]
         if field.kind == "time":

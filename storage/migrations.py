@@ -27,13 +27,14 @@ from storage.database import (
     connect,
     describe,
     merge_on_close,
+    stat_files,
     transaction,
 )
 from storage.fields import phone_digits, search_text
 
 # What upgrades a file of version 1 to version 2, and so on: SQL that only adds, because in the
 # minute of a deploy the old code works on the new file. schema.sql is the whole newest version.
-# It may call `search_text` and `phone_digits` of visitors.py.
+# It may call `search_text` and `phone_digits` of fields.py.
 STEPS: tuple[str, ...] = (
     # 2: texts are compared as Unicode has it, and phones by their digits
     """
@@ -105,8 +106,7 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
 
 def identity(path: str) -> Identity:
     """Return which file is at `path`, for `Database`."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+    return stat_files(path)[0].database
 
 
 def newest() -> int:

@@ -1,4 +1,4 @@
--- Version 2 of the schema (PRAGMA user_version says which one a file has).
+-- The newest version of the schema; PRAGMA user_version says which one a file has.
 -- Changes are additive: for a minute of a deploy the old code works on the new file.
 
 CREATE TABLE visitor (
@@ -12,7 +12,7 @@ CREATE TABLE visitor (
     department  TEXT,
     ts          INTEGER NOT NULL,      -- creation, milliseconds since 1970
     updated     INTEGER NOT NULL,      -- last write, never going back
-    search      TEXT    NOT NULL,      -- what a search looks into: storage.visitors.search_text
+    search      TEXT    NOT NULL,      -- what a search looks into: search_text in fields.py
     fields      TEXT    NOT NULL,      -- custom fields: a JSON object of strings, in order of creation
     digits      TEXT                   -- of the phone
 ) STRICT;

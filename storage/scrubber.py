@@ -14,12 +14,12 @@ from functools import cache
 import apsw
 
 # The name of the VFS. Only connections that checkpoint need it, as nothing else writes to the file.
-NAME = "livechat-scrubber"
+SCRUBBER = "livechat-scrubber"
 
 
 @cache
-def register() -> object:
-    """Let SQLite know the VFS, which it does as long as the object exists that this returns."""
+def register_scrubber() -> object:
+    """Register the VFS. It stays registered while the returned object lives; the cache keeps it."""
     return _Scrubber()
 
 
@@ -41,7 +41,7 @@ class _Scrubber(apsw.VFS):
     """The operating system's files, but the pages of a database file are scrubbed."""
 
     def __init__(self) -> None:
-        super().__init__(NAME, base="")
+        super().__init__(SCRUBBER, base="")
 
     def xOpen(  # noqa: N802 # SQLite's name
         self, name: str | apsw.URIFilename | None, flags: list[int]

@@ -13,8 +13,8 @@ from storage.database import Database, check_pages
 from storage.fields import (
     COLUMNS,
     INSERT,
-    MAX_FIELDS,
-    MAX_FIELDS_BYTES,
+    MAX_CUSTOM_FIELDS,
+    MAX_CUSTOM_FIELDS_BYTES,
     SELECT,
     UPDATE,
     as_row,
@@ -26,7 +26,7 @@ from storage.fields import (
     to_json,
 )
 
-MAX_PAGE_BYTES = 4_000_000  # of the visitors of a search's page, unless it is one
+MAX_PAGE_BYTES = 4_000_000  # of the visitors on a page of a search, which has at least one
 ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
 # Each byte below the largest multiple of the alphabet's length stands for a character; the rest is
@@ -294,13 +294,13 @@ class VisitorStore:
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
-        if len(held) > MAX_FIELDS:
-            raise OverLimit(f"{MAX_FIELDS} items")
+        if len(held) > MAX_CUSTOM_FIELDS:
+            raise OverLimit(f"{MAX_CUSTOM_FIELDS} items")
         visitor["updated"] = max(self._clock(), visitor["updated"])
         row = as_row(visitor)
         size = len(row["fields"].encode())
-        if size > MAX_FIELDS_BYTES and size > len(before.encode()):
-            raise OverLimit(f"{MAX_FIELDS_BYTES} bytes")
+        if size > MAX_CUSTOM_FIELDS_BYTES and size > len(before.encode()):
+            raise OverLimit(f"{MAX_CUSTOM_FIELDS_BYTES} bytes")
         connection.execute(statement, row)
         return as_wire(visitor)
 

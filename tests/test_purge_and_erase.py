@@ -98,7 +98,7 @@ def test_many_writes_take_turns_with_others(fill, path, monkeypatch):
     with closing(storage.Database(path)) as database, closing(storage.Database(path)) as service:
         storage.VisitorStore(database).register("b", {})  # so that nothing is left to be tidied up
         batches = []
-        for batch in operating.in_turns(database, range(40), slow):
+        for batch in operating.in_slices(database, range(40), slow):
             batches.append(batch)
             if len(batches) in (3, 4):
                 storage.VisitorStore(service).register(f"t{len(batches)}", {})

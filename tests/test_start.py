@@ -26,7 +26,7 @@ def test_the_start_says_database_visitors_configuration_and_last_the_url_that_an
     assert configured == (
         f"configured: PORT=0 LIVECHAT_HOST=127.0.0.1 LIVECHAT_DB={server.database}"
     )
-    assert agent == "LIVECHAT_AGENT is not set: visitors.info and visitors.search answer 401"
+    assert agent == ("LIVECHAT_AGENT is not set: /inbox and the calls for the agent answer nobody")
     assert listening.startswith("Listening at: ")
     url_ = f"http://127.0.0.1:{server.port}"
     assert url == f"answers at {url_} and shows visitors at {url_}/inbox"
