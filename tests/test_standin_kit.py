@@ -15,6 +15,7 @@ import livechat_standin
 from tests.server import PATH, ROOT, wait_until
 
 KIT = "livechat_standin.py"
+XDIST = ("-p", "xdist", "-n2")
 REGISTER = f"""
 import json, urllib.error, urllib.request
 
@@ -43,7 +44,8 @@ def run_tests(project, code, *arguments, **environ):
     (project / "test_it.py").write_text(REGISTER + code)
     # What the shell of a developer may hold.
     own = {"PYTHONPATH": str(project), "LIVECHAT_DB": "mine.db", "PORT": "no port"}
-    environ = {**os.environ, **own, **environ}
+    # The other plugins that are installed here take seconds to load.
+    environ = {**os.environ, **own, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environ}
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=project,
@@ -131,7 +133,7 @@ def test_it(livechat, number):
     urls = tmp_path / "urls"
     urls.mkdir()
     status, printed = run_tests(
-        project, code, "-n2", "-o", f"livechat_shared={shared}", URLS=str(urls)
+        project, code, *XDIST, "-o", f"livechat_shared={shared}", URLS=str(urls)
     )
     assert status == 0, printed
     seen = [file.read_text() for file in urls.iterdir()]
@@ -140,7 +142,7 @@ def test_it(livechat, number):
     assert all(refuses(url) for url in seen)
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n2", "-o", "livechat_shared=true")])
+@pytest.mark.parametrize("arguments", [(), (*XDIST, "-o", "livechat_shared=true")])
 def test_what_is_missing_is_said_in_one_line(project, tmp_path, arguments):
     (project / KIT).unlink()
     shutil.copy(ROOT / KIT, project)
@@ -168,7 +170,7 @@ def test_the_first_use_prepares_a_checkout_once(project, tmp_path):
     link = f"echo made >>{tmp_path}/made; ln -s {sys.prefix} .venv"
     checkout = unprepared(tmp_path / "checkout", link)
     code = "def test_it(livechat): pass\ndef test_other(livechat): pass"
-    status, printed = run_tests(project, code, "-n2", LIVECHAT_STANDIN_HOME=checkout)
+    status, printed = run_tests(project, code, *XDIST, LIVECHAT_STANDIN_HOME=checkout)
     assert status == 0, printed
     assert (tmp_path / "made").read_text() == "made\n"
 
