@@ -73,7 +73,7 @@ def on_starting(server):
 
 
 def when_ready(server):
-    """Say where the service and its page answer, as the last of the start's lines."""
+    """Say where the service and its page answer."""
     for listener in server.LISTENERS:
         url = str(listener).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         page = f" and shows visitors at {url}/inbox" if url.startswith("http") else ""

@@ -26,7 +26,7 @@ ERASE_TIME = 2.0  # seconds that an erasure waits for those who read an older st
 ERASE_RETRY = 0.02  # seconds between two tries meanwhile
 IN_VAIN = 40.0  # seconds after a wait in vain in which no erasure waits again
 FRAME = 24  # bytes before each page in the WAL: sqlite.org/fileformat2.html, 4.1
-SMALL = 2**22  # bytes of a database, some 20,000 visitors, that takes 10 ms to look through
+SMALL = 2**22  # bytes of a database, 10,000 to 20,000 visitors, that takes 10 ms to look through
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], T]  # what is done with a connection; it returns no cursor
