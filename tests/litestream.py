@@ -56,6 +56,10 @@ class Copy:
         ran = subprocess.run(command, env=self.environ, capture_output=True, text=True)
         return restored if ran.returncode == 0 else None
 
+    def has_begun(self):
+        """Return whether there is a whole copy, from which a restore can begin."""
+        return any(self.replica.glob("ltx/9/*.ltx"))
+
     def holds(self, expected):
         """Return whether what is restored now has exactly these rows."""
         trial = self.folder / "trial"
@@ -191,6 +195,7 @@ def test_a_host_without_a_lasting_disk_keeps_its_visitors(copy, serve):
         for token, username in usernames.items():
             assert server.register(token)[1]["visitor"]["username"] == username
         usernames[f"t{turn}"] = server.register(f"t{turn}")[1]["visitor"]["username"]
+        wait_until(copy.has_begun, "the first copy, some seconds after the first start")
         assert server.stop() == 0  # the last second is copied before it ends
         shutil.rmtree(copy.database.parent)
     assert list(usernames.values()) == ["guest-2", "guest-3", "guest-4"]
@@ -200,6 +205,7 @@ def test_a_host_without_a_lasting_disk_keeps_its_visitors(copy, serve):
 def test_a_copy_that_is_damaged_starts_no_empty_database(copy, serve):
     server = serve(command=EXEC).wait()
     server.register("t")
+    wait_until(copy.has_begun, "the first copy")
     assert server.stop() == 0
     shutil.rmtree(copy.database.parent)
     for file in copy.replica.rglob("*.ltx"):
