@@ -92,9 +92,10 @@ def _try_to_bind(server):
             with socket.socket(family, kind) as trying:
                 trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trying.bind(name)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+            reason = getattr(error, "strerror", None) or "not a host's name"
             sys.exit(
-                f"{address[0]}:{address[1]}: cannot listen there: {error.strerror};"
+                f"{address[0]}:{address[1]}: cannot listen there: {reason};"
                 " PORT and LIVECHAT_HOST name another address"
             )
 

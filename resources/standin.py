@@ -24,6 +24,8 @@ NAMES = ("visitors", "requests", "failures")  # of the routes below it
 MOST = 1_000  # requests and failures that are kept, and visitors that are answered
 WAIT = 1  # second that a 429 says to wait: the test of a client that does so stays quick
 LOOPBACK = re.compile(r"(::ffff:)?127\..+|::1")
+# What this machine is called by its own programs; a web page whose name leads here has another.
+HOST = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d*)?", re.IGNORECASE)
 UNSHOWN = {"CONNECTION", "CONTENT-LENGTH", "HOST", "TRANSFER-ENCODING"}  # headers
 FAILURES = {  # what a status says
     404: "error-not-found",
@@ -112,7 +114,11 @@ class Standin:
     ) -> None:
         """Raise the failure that is asked for, or 403 for who may not ask for one."""
         if resource is self:
-            near = LOOPBACK.fullmatch(req.remote_addr) and not req.get_header("X-Forwarded-For")
+            near = (
+                LOOPBACK.fullmatch(req.remote_addr)
+                and HOST.fullmatch(req.get_header("Host", default="localhost"))
+                and not req.get_header("X-Forwarded-For")
+            )
             if req.get_header("Origin") or not (near or self._any):
                 raise refusal("error-standin-refused")
             return

@@ -20,6 +20,10 @@ WHITE_SPACE = (
     "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
+# `unicodedata.normalize` sorts combining marks in a time that grows with the square of their
+# number. They are all among these characters; a joiner after so many ends the run.
+MARKS = re.compile(r"(?:[^\w\x00-\x7f]|[\uff9e\uff9f]){30}")
+GRAPHEME_JOINER = "\u034f"
 
 
 class Field(NamedTuple):
@@ -95,9 +99,16 @@ def fold(text: str) -> str:
     """Return a text in the form in which two that look alike are equal, letter case aside."""
     if text.isascii():
         return text.lower()
+    # A run that nobody writes is cut, as Unicode's Stream-Safe Text Format does.
+    text = MARKS.sub(lambda run: run[0] + GRAPHEME_JOINER * _is_mark(run[0][-1]), text)
     # Unicode's NFKC and full case folding; which leaves the dot of a Turkish capital I.
     folded = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", folded).replace("i\u0307", "i")
+
+
+def _is_mark(char: str) -> bool:
+    """Return whether normalization may move a character to before the one in front of it."""
+    return unicodedata.combining(unicodedata.normalize("NFKD", char)[0]) > 0
 
 
 def phone_digits(text: str | None) -> str | None:

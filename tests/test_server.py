@@ -345,6 +345,17 @@ def test_a_port_that_is_taken_stops_the_start_in_one_line_and_leaves_no_database
     assert not server.database.exists()
 
 
+@pytest.mark.parametrize("host", ["a..b", 64 * "a"])
+def test_what_no_host_can_be_called_stops_the_start_in_one_line(make_server, host):
+    server = make_server(LIVECHAT_HOST=host)
+    assert server.process.wait(20) != 0
+    (line,) = said_at_the_start(server)
+    assert line == (
+        f"{host}:0: cannot listen there: not a host's name; PORT and LIVECHAT_HOST name another"
+        " address"
+    )
+
+
 def test_it_listens_on_a_unix_socket(make_server, tmp_path):
     socket_path = str(tmp_path / "s")
     for _ in range(2):  # also where the last one has left its socket

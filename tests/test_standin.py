@@ -235,6 +235,11 @@ def test_who_is_admitted(make_service, method, name, value):
         assert not asks(address, Origin="https://example.org")
     # Who comes through a proxy on this machine is somewhere else.
     assert asks("127.0.0.1", **{"X-Forwarded-For": "10.0.0.1"}) == (value == "any")
+    # The name of a web page may lead here, whose GET then has no Origin.
+    for host in ("localhost", "LOCALHOST:3000", "127.8.9.10:3000", "[::1]:3000"):
+        assert asks("127.0.0.1", Host=host)
+    for host in ("example.org:3000", "127.0.0.1.example.org", "localhost.example.org", "a:b", ""):
+        assert asks("127.0.0.1", Host=host) == (value == "any")
 
 
 def test_a_preflight_of_a_web_page_is_refused(standin):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 import urllib.parse
 
 import pytest
@@ -261,6 +262,20 @@ def test_texts_that_look_alike_are_found(service, term, found):
     for name in names:
         service.register(name, name=name)
     assert sorted(v["name"] for v in search(service, term=term)["visitors"]) == sorted(found)
+
+
+@pytest.mark.parametrize("marks", ["\u0300\u0316", "\u0f73", "\uff9e\u0300"])
+def test_combining_marks_cost_no_more_than_other_signs(service, marks):
+    def seconds(text):
+        value = (2048 * text)[:4096]
+        fields = [{"key": key, "value": value, "overwrite": True} for key in "ab"]
+        start = time.thread_time()
+        service.register(text, customFields=fields)
+        return time.thread_time() - start
+
+    usual = min(seconds("\u0416\u0438") for _ in range(3))
+    assert min(seconds(marks) for _ in range(3)) < 10 * usual
+    assert search(service, term=10 * marks)["total"] == 1
 
 
 @pytest.mark.parametrize(
