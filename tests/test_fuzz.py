@@ -693,6 +693,7 @@ class StoreMachine(RuleBasedStateMachine):
             # Who has no name stands before everybody who has one.
             found.sort(key=lambda one, key=key: (key in one, one.get(key, "")), reverse=way < 0)
         keys = ("_id", "username", "name", "phone", "livechatData", "visitorEmails")
+        keys += ("department", "ts", "_updatedAt")
         wires = [self.wire(visitor) for visitor in found[offset : offset + count]]
         page = [{key: wire[key] for key in keys if key in wire} for wire in wires]
         assert self.store.search(term, sort, offset, count) == (page, len(found))
@@ -703,7 +704,8 @@ class StoreMachine(RuleBasedStateMachine):
             term == ""
             or term.lower() == visitor.get("email")
             or term == visitor.get("phone")
-            or any(term.casefold() in text.casefold() for text in texts)
+            or (digits(term) is not None and digits(term) == digits(visitor.get("phone", "")))
+            or any(folded(term) in folded(text) for text in texts)
         )
 
     @rule(passed=st.integers(-5_000, 60_000))
@@ -715,6 +717,19 @@ class StoreMachine(RuleBasedStateMachine):
         if closed:
             self.database.close()
         self.open()
+
+
+def folded(text):
+    """Return a text as the contract compares it (6)."""
+    normal = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return normal.replace("i\u0307", "i")
+
+
+def digits(phone):
+    """Return the digits of what looks like a phone, else None."""
+    text = unicodedata.normalize("NFKC", phone)
+    found = "".join(sign for sign in text if sign.isdecimal())
+    return found if found and not re.sub(r"[\d\s+()./-]", "", text) else None
 
 
 def date(ms):
