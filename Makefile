@@ -8,8 +8,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 run: .venv/run  ## serve on 127.0.0.1:3000
 	@LIVECHAT_HOST=$${LIVECHAT_HOST:-127.0.0.1} exec $(BIN)/gunicorn
 
-test: .venv/dev  ## run the tests; four at a time, as most of them wait
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --ignore tests/test_hostile.py
+test: .venv/dev  ## run the tests; six at a time, as most of them wait
+	$(BIN)/pytest --numprocesses 6 --dist loadfile --ignore tests/test_hostile.py
 	$(BIN)/pytest tests/test_hostile.py  # which measures CPU, and so is alone
 
 soak: .venv/dev  ## run the long versions of the tests of reliability, for some 15 minutes
