@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from hmac import compare_digest
 from typing import Any
 
@@ -34,13 +34,37 @@ def authenticate(req: falcon.Request, agent: tuple[str, str] | None) -> None:
         raise unauthorized()
 
 
-class VisitorInfoResource:
-    """GET and DELETE /api/v1/livechat/visitors.info: one visitor by `_id`."""
+class AgentResource:
+    """What the calls for the agent have in common: whom they answer, and their query parameters."""
+
+    schema: str  # the file in schemas/ that describes the parameters
 
     def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
         self._store = store
         self._agent = settings.agent
-        self._check = schemas.ajv_checker("visitors.info")
+        self._check = schemas.ajv_checker(self.schema)
+
+    def _query(
+        self, req: falcon.Request, numbers: Collection[str] = (), may_be_empty: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Return the query parameters; raise 401, or the refusal of a wrong one.
+
+        `numbers` are the keys of numbers; an empty one of `may_be_empty` counts as not given.
+        """
+        authenticate(req, self._agent)
+        query = {
+            key: _number(value) if key in numbers else value
+            for key, value in req.params.items()
+            if value or key not in may_be_empty
+        }
+        self._check(query)
+        return query
+
+
+class VisitorInfoResource(AgentResource):
+    """GET and DELETE /api/v1/livechat/visitors.info: one visitor by `_id`."""
+
+    schema = "visitors.info"
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 with the visitor, but for the token."""
@@ -58,32 +82,22 @@ class VisitorInfoResource:
 
     def _call(self, method: Callable[[str], dict[str, Any]], req: falcon.Request) -> dict[str, Any]:
         """Return what a method of the store returns for the `_id` that is asked for."""
-        authenticate(req, self._agent)
-        query: Mapping[str, Any] = req.params
-        self._check(query)
+        query = self._query(req)
         try:
             return method(query["visitorId"])
         except storage.VisitorNotFound:
             raise bare_refusal("visitor-not-found") from None
 
 
-class VisitorSearchResource:
+class VisitorSearchResource(AgentResource):
     """GET /api/v1/livechat/visitors.search: a page of the visitors that a term finds."""
 
-    def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
-        self._store = store
-        self._agent = settings.agent
-        self._check = schemas.ajv_checker("visitors.search")
+    schema = "visitors.search"
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 with the page, and with the number of all that are found."""
-        authenticate(req, self._agent)
-        query: dict[str, Any] = {
-            key: _number(value) if key in ("count", "offset") else value
-            for key, value in req.params.items()
-            if value or key not in ("count", "offset")  # an empty one is its default
-        }
-        self._check(query)
+        numbers = ("count", "offset")
+        query = self._query(req, numbers, may_be_empty=numbers)
         count = int(min(query.get("count", 0), MAX_COUNT)) or DEFAULT_COUNT
         offset = int(min(query.get("offset", 0), storage.MAX_INTEGER))
         sort = _sort(query.get("sort", ""))
@@ -101,19 +115,14 @@ class VisitorSearchResource:
     on_head = on_get
 
 
-class VisitorStatisticsResource:
+class VisitorStatisticsResource(AgentResource):
     """GET /api/v1/livechat/visitors.statistics: how many there are, and of which day."""
 
-    def __init__(self, store: storage.VisitorStore, settings: Settings) -> None:
-        self._store = store
-        self._agent = settings.agent
-        self._check = schemas.ajv_checker("visitors.statistics")
+    schema = "visitors.statistics"
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 with the numbers, and with a time that moves on with every change."""
-        authenticate(req, self._agent)
-        query = {key: _number(value) for key, value in req.params.items()}
-        self._check(query)
+        query = self._query(req, ("days",))
         days = int(min(query.get("days", 0), MAX_DAYS)) or DEFAULT_DAYS
         resp.data = to_json({**self._store.statistics(days), "success": True})
 
