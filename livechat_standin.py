@@ -76,7 +76,7 @@ def start(checkout: str = "", **settings: str) -> Iterator[Standin]:
     command = [sys.executable, "-I", os.path.abspath(__file__)]
     command += [f"{name}={value}" for name, value in settings.items()]
     command += [checkout] if checkout else []
-    with Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:  # noqa: S603
+    with Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:  # noqa: S603 # this very file
         output: Any = process.stdout
         errors: Any = process.stderr
         try:
@@ -113,7 +113,7 @@ def main() -> None:
             os.chdir(checkout)
             command = [f"{checkout}/.venv/bin/python", "-m", "gunicorn", "--graceful-timeout", "1"]
             command += ["--bind", f"fd://{listener.fileno()}"]
-            os.execve(command[0], command, environ)  # noqa: S606
+            os.execve(command[0], command, environ)  # noqa: S606 # no shell is wanted
     _watch(standin, folder, master, parent)
 
 
@@ -128,7 +128,7 @@ def _prepare(checkout: str, environ: dict[str, str]) -> None:
             sys.exit(f"make, which prepares {checkout}, is not installed")
         python = sys.executable if sys.version_info >= (3, 11) else "python3"
         command = ["make", "-s", "-C", checkout, ".venv/run", f"PYTHON={python}"]
-        made = run(command, env=environ, capture_output=True, text=True)  # noqa: S603
+        made = run(command, env=environ, capture_output=True, text=True)  # noqa: S603 # our own words
         if made.returncode:
             sys.exit(" ".join((made.stdout + made.stderr).split())[:500])
     os.close(lock)

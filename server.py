@@ -296,9 +296,8 @@ class Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
                 rest = b""
-            except (
-                HttpParserUpgrade
-            ) as upgrade:  # another parser reads the body, as this one skips it
+            except HttpParserUpgrade as upgrade:
+                # This parser would skip the body, so another one reads it.
                 rest = piece[upgrade.args[0] :]
                 self.parser = HttpRequestParser(self)
                 self.resuming = True

@@ -67,13 +67,18 @@ class RateLimit:
             return
         whose = f"{client(req, self._proxies)} {req.method} {route}".encode()
         calls, end = self._calls.count(blake2b(whose, digest_size=8, key=self._secret).digest())
-        resp.set_header("X-RateLimit-Limit", str(self._limit))
-        resp.set_header("X-RateLimit-Remaining", str(max(0, self._limit - calls)))
-        resp.set_header("X-RateLimit-Reset", str(end))
+        set_headers(resp, self._limit, max(0, self._limit - calls), end)
         if calls > self._limit:
             wait = max(1, -((self._clock() - end) // 1000))  # rounded up
             resp.set_header("Retry-After", str(wait))
             raise refusal("error-too-many-requests", seconds=wait)
+
+
+def set_headers(resp: falcon.Response, limit: int, remaining: int, end: int) -> None:
+    """Say how many calls are left until `end`, in milliseconds since 1970."""
+    resp.set_header("X-RateLimit-Limit", str(limit))
+    resp.set_header("X-RateLimit-Remaining", str(remaining))
+    resp.set_header("X-RateLimit-Reset", str(end))
 
 
 def client(req: falcon.Request, proxies: int) -> str:

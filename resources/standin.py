@@ -17,6 +17,7 @@ import schemas
 import storage
 from resources.body import read, receive
 from resources.errors import MAX_BODY, log, refusal, to_json
+from resources.rate_limit import set_headers
 from settings import VERSION, Settings
 
 PREFIX = "/standin/"
@@ -134,9 +135,8 @@ class Standin:
             req.env["livechat.drop"]()
             raise refusal("error-internal")  # which nobody gets
         if failure.get("status") == 429:
-            reset = str(storage.milliseconds() + 1000 * WAIT)
-            limit = {"X-RateLimit-Limit": "5", "X-RateLimit-Remaining": "0"}
-            resp.set_headers({"Retry-After": str(WAIT), **limit, "X-RateLimit-Reset": reset})
+            set_headers(resp, 5, 0, storage.milliseconds() + 1000 * WAIT)
+            resp.set_header("Retry-After", str(WAIT))
         if "status" in failure:
             raise refusal(FAILURES[failure["status"]], seconds=WAIT)
 
