@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -142,33 +142,45 @@ _SchemaOrder = _extend(
 
 def _client_order() -> Any:
     """Return a class of validators that look at keys in the order in which the client sent them."""
-    # The validators of the schemas within a schema, by their id: jsonschema would make one for
-    # each value, which is half of the cost of a check.
-    within: dict[int, Any] = {}
+    # The checks of each schema within a schema, by its id. jsonschema would make a validator for
+    # each value, and a generator for each of them, which is half of the cost of a check.
+    within: dict[int, list[tuple[str, Any, Any]]] = {}
 
-    def descend(validator: Any, schema: Any, value: Any, step: int | str) -> Errors:
+    def first_error(validator: Any, schema: Any, value: Any, step: int | str) -> Errors:
         """Return the first error of a value within another one; nobody asks for a second."""
         if id(schema) not in within:
-            within[id(schema)] = validator.evolve(schema=schema)
-        for error in within[id(schema)].iter_errors(value):
-            error.path.appendleft(step)
-            return (error,)
+            known = validator.VALIDATORS
+            within[id(schema)] = [(key, known[key], schema[key]) for key in schema if key in known]
+        for keyword, check, wanted in within[id(schema)]:
+            for found in check(validator, wanted, value, schema) or ():
+                error = found
+                if keyword not in ("properties", "items"):  # which know better where it is
+                    error = ValidationError(
+                        "", validator=keyword, validator_value=wanted, instance=value
+                    )
+                error.path.appendleft(step)
+                return (error,)
         return ()
 
     def properties(
         validator: Any, known: Mapping[str, Any], instance: Any, schema: Mapping[str, Any]
-    ) -> Iterator[ValidationError]:
+    ) -> Errors:
         """Check the keys, unknown ones in their turn."""
         for key, value in instance.items() if isinstance(instance, dict) else ():
-            if key in known:
-                yield from descend(validator, known[key], value, key)
-            elif schema.get("additionalProperties") is False:
-                yield ValidationError("", validator="additionalProperties", path=(key[:QUOTED],))
+            if key not in known:
+                if schema.get("additionalProperties") is False:
+                    where = (key[:QUOTED],)
+                    return (ValidationError("", validator="additionalProperties", path=where),)
+            elif errors := first_error(validator, known[key], value, key):
+                return errors
+        return ()
 
-    def items(validator: Any, each: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    def items(validator: Any, each: Any, instance: Any, _schema: Any) -> Errors:
         """Check the items of an array, each alike."""
         for index, value in enumerate(instance if isinstance(instance, list) else ()):
-            yield from descend(validator, each, value, index)
+            if errors := first_error(validator, each, value, index):
+                return errors
+        return ()
 
     keywords = {
         "properties": properties,
