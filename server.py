@@ -45,7 +45,7 @@ from resources.errors import (
     to_json,
 )
 from settings import Settings
-from storage.database import BEGIN_RETRY, LOCKED
+from storage.database import BEGIN_RETRY
 
 REQUEST_TIME = 10  # seconds until a request that is not complete gets a 408
 ANSWER_TIME = 10  # seconds that a client has to read its answer
@@ -61,7 +61,6 @@ MAX_EMPTY_BYTES = 64  # bytes of empty lines before a request
 PARSE_BYTES = 8_192  # bytes that are parsed between two checks of these limits
 MAX_ACCEPTED = 20  # connections that are accepted in one turn of the loop
 SPARE_FILES = 150  # descriptors for our own files and for connections that are just accepted
-MAX_WAITING = 100  # long reads that wait for their thread
 SLOW_COMMIT = 0.05  # seconds; after a slower one, commits are made in a thread
 QUICK_COMMITS = 100  # in a row, after which commits are made on the loop again
 MAX_TURNS = 3  # turns of the loop for which a group waits for more writes
@@ -115,7 +114,6 @@ class Turns(storage.Waiting):
         # so that a slow disk is never felt.
         self._quick_missing = QUICK_COMMITS
         self._disk = ThreadPoolExecutor(1, "disk")
-        self._long_reads = 0  # long reads, with the one that runs
         self._scans = ThreadPoolExecutor(1, "scans")
 
     def commit(self, database: storage.Database, write: storage.PendingWrite[Any]) -> None:
@@ -126,22 +124,8 @@ class Turns(storage.Waiting):
         pause()
 
     def in_thread(self, call: Callable[[], Any]) -> Any:
-        """Return the result of a call that takes long; raise `Unavailable` where too many wait."""
-        if self._long_reads >= MAX_WAITING:
-            raise storage.Unavailable("BusyError: too many searches wait")
-        self._long_reads += 1
-        try:
-            return wait_for(asyncio.get_running_loop().run_in_executor(self._scans, call))
-        finally:
-            self._long_reads -= 1
-
-    def on_disk(self, call: Callable[[], Any]) -> Any:
-        """Return the result of a call that waits for the disk."""
-        return wait_for(asyncio.get_running_loop().run_in_executor(self._disk, call))
-
-    def sleep(self, seconds: float) -> None:
-        """Return after so many seconds."""
-        sleep(seconds)
+        """Return the result of a call that takes long."""
+        return wait_for(asyncio.get_running_loop().run_in_executor(self._scans, call))
 
     async def _write(self, database: storage.Database) -> None:
         """Commit what waits, group by group, as long as anything does."""
@@ -151,21 +135,16 @@ class Turns(storage.Waiting):
                 await asyncio.sleep(0)
                 if len(self._writes) == seen:
                     break
-            # The writes whose deadline has passed are the first ones, and so are those of a group.
-            now = time.monotonic()
-            group: Any = [write for write, _ in self._writes if write.deadline < now]
-            for write in group:
-                write.fail(LOCKED)
+            group = database.run_group([write for write, _ in self._writes])
             if not group:
-                group = database.run_group([write for write, _ in self._writes])
-                if not group:
-                    await asyncio.sleep(BEGIN_RETRY)
-                    continue
-                await self._commit(partial(database.commit_group, group))
+                await asyncio.sleep(BEGIN_RETRY)
+                continue
+            await self._commit(partial(database.commit_group, group))
+            # It was made of the first ones, which have the earliest deadlines.
             settled, self._writes = self._writes[: len(group)], self._writes[len(group) :]
             for _, request in settled:
                 request.switch()
-            if database.checkpoint_is_due():
+            if database.checkpoint_due:
                 await asyncio.get_running_loop().run_in_executor(self._disk, database.checkpoint)
         self._writing = None
 

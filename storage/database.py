@@ -19,6 +19,7 @@ from storage.scrubber import SCRUBBER, register_scrubber
 APPLICATION_ID = 0x4C435631  # "LCV1", in the header of every database of ours
 TIMEOUT = 5.0  # seconds that a write may wait altogether, a read in each queue and in SQLite
 GROUP_TIME = 0.02  # seconds of work after which a group of writes is committed
+MAX_SCANS = 100  # that run or wait at once; more is a fault
 BEGIN_RETRY = 0.002  # seconds between two tries to begin while another program is writing
 CHECKPOINT = 1000  # pages by which the WAL grows from one checkpoint to the next
 CROWDED = 4000  # pages in the WAL from which on it is to be emptied, as for an erasure
@@ -119,29 +120,18 @@ class Waiting:
             return
         try:
             while not (group := database.run_group([write])):
-                if time.monotonic() > write.deadline:
-                    write.fail(LOCKED)
-                    return
                 time.sleep(BEGIN_RETRY)
             database.commit_group(group)
             database.checkpoint()
+            if not write.erases:
+                with suppress(Unavailable):  # of what may be done later
+                    database.tidy(0)
         finally:
             self._free.release()
-        if not write.erases:
-            with suppress(Unavailable):  # of what may be done later
-                database.tidy(0)
 
     def in_thread(self, call: Callable[[], T]) -> T:
-        """Return the result of a call that takes long, or waits."""
+        """Return the result of a call that takes long, or waits; of two at once, one waits."""
         return call()
-
-    def on_disk(self, call: Callable[[], T]) -> T:
-        """Return the result of a call that waits for the disk alone."""
-        return call()
-
-    def sleep(self, seconds: float) -> None:
-        """Return after so many seconds."""
-        time.sleep(seconds)
 
 
 Identity = tuple[int, int]  # device and inode of a file: a renamed file keeps them
@@ -149,20 +139,23 @@ NONE: Identity = (0, 0)  # of a file that is not there
 
 
 class Files(NamedTuple):
-    """The database file, its WAL and the WAL's index, as they are at a path."""
+    """Which files are at the path of a database."""
 
     database: Identity
     wal: Identity
-    shm: Identity
-    length: int  # bytes of the database file
+    shm: Identity  # the index of the WAL
 
 
-def stat_files(path: str) -> tuple[Files, int]:
-    """Return the files at `path`, and the bytes of the WAL; raise FileNotFoundError."""
+def stat_files(path: str) -> tuple[Files, int, int]:
+    """Return the files at `path`, the bytes of the database and those of the WAL.
+
+    Raise `FileNotFoundError` where there is no database.
+    """
     database = os.stat(path)
     wal, bytes_in_wal = stat_file(f"{path}-wal")
     shm, _ = stat_file(f"{path}-shm")
-    return Files((database.st_dev, database.st_ino), wal, shm, database.st_size), bytes_in_wal
+    files = Files((database.st_dev, database.st_ino), wal, shm)
+    return files, database.st_size, bytes_in_wal
 
 
 def stat_file(path: str) -> tuple[Identity, int]:
@@ -175,24 +168,16 @@ def stat_file(path: str) -> tuple[Identity, int]:
 
 
 class Handle:
-    """One connection, for one thread at a time."""
+    """One connection, for one thread at a time; its next use opens it again."""
 
     def __init__(self, seconds: float = 0, checkpoints: bool = False) -> None:
         self.lock = threading.Lock()
         self.seconds = seconds  # for which SQLite waits inside a call
         self.checkpoints = checkpoints
         self.connection: apsw.Connection | None = None
-        self.stale = False  # whether it is to be closed by whoever holds it
-
-    def release(self) -> None:
-        """Let the next one have it."""
-        if self.stale:
-            self.close()
-        self.lock.release()
 
     def close(self) -> None:
-        """Close it; its next use opens it again."""
-        self.stale = False
+        """Close it, which undoes a transaction."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -212,23 +197,22 @@ class Database:
         self, path: str, waiting: Waiting | None = None, identity: Identity | None = None
     ) -> None:
         self.path = path
+        self.checkpoint_due = False  # whether `checkpoint` has something to do
         self._waiting = waiting or Waiting()
         self._identity = identity
         self._prepared = identity is not None
-        self._files: Files | None = None  # which were last seen there, once one was opened
+        self._files: Files | None = None  # those that are open
+        self._length = 0  # bytes of the database file at its last use
+        self._frame = 0  # bytes of a page in the WAL
+        self._pages = 0  # in the WAL after the last commit
         self._writer, self._reader = Handle(), Handle()
         self._scanner, self._checkpointer = Handle(TIMEOUT), Handle(checkpoints=True)
         self._handles = (self._writer, self._reader, self._scanner, self._checkpointer)
         self._opening = threading.Lock()
-        self._page_size = 0  # bytes
-        self._pages = 0  # in the WAL after the last commit
-        self._checkpointed = 0  # pages that were in it at the last checkpoint
+        self._scans = 0
         self._erasure_due = True  # as a process that ended may have left one
         self._version = 0  # which changes when another process writes
-        self._tidying = 0  # how many are being waited for
-        self._none_tidies = threading.Event()  # set while it is none
-        self._none_tidies.set()
-        self._no_wait_until = 0.0  # seconds of `time.monotonic`, until which none waits
+        self._no_wait_until = 0.0  # seconds of `time.monotonic`, until which no erasure waits
 
     def open(self) -> None:
         """Open the file, and hold it open; raise `Unavailable`."""
@@ -268,7 +252,20 @@ class Database:
         `anew` reads the files and not what is in memory of them.
         """
         deadline = time.monotonic() + TIMEOUT
-        return self._waiting.in_thread(partial(self._scan, work, anew, deadline))
+
+        def scan() -> T:
+            if time.monotonic() > deadline:
+                raise Unavailable("BusyError: the queue of searches")
+            with self._held(self._scanner, anew) as connection, transaction(connection, "DEFERRED"):
+                return work(connection)
+
+        if self._scans >= MAX_SCANS:
+            raise Unavailable("BusyError: too many searches wait")
+        self._scans += 1
+        try:
+            return self._waiting.in_thread(scan)
+        finally:
+            self._scans -= 1
 
     def tidy(self, seconds: float = ERASE_TIME) -> bool:
         """Empty the WAL where it holds erased data, or far too much; return whether it is tidy.
@@ -277,26 +274,9 @@ class Database:
         programs; but not for a while once that was in vain, as an export of a large database takes
         a minute. Raise `Unavailable`.
         """
-        start = time.monotonic()
-        if start < self._no_wait_until:
-            seconds = 0
-        self._tidying += 1
-        self._none_tidies.clear()
-        try:
-            while self._erasure_due or self._pages > CROWDED:
-                scanning = self._scanner.lock.locked()
-                if self._waiting.on_disk(self._empty_wal):
-                    break
-                if time.monotonic() > start + (ERASE_TIME if scanning else seconds):
-                    if seconds:
-                        self._no_wait_until = time.monotonic() + IN_VAIN
-                    return False
-                self._waiting.sleep(ERASE_RETRY)
+        if not self._untidy():
             return True
-        finally:
-            self._tidying -= 1
-            if not self._tidying:
-                self._none_tidies.set()
+        return self._waiting.in_thread(partial(self._empty_wal, seconds))
 
     def look_after(self) -> None:
         """Tidy the WAL, also after a write of another process, which may have been an erasure.
@@ -306,59 +286,53 @@ class Database:
         version = self._data_version()
         self._erasure_due |= version != self._version
         self._version = version
-        if self._erasure_due or self._pages > CROWDED:
+        if self._untidy():
             self.tidy(0)
             # To empty the WAL counts as a write of another connection. An erasure that another
             # process makes at this very moment is missed here, but that process empties it too.
             self._version = self._data_version()
-
-    def _data_version(self) -> int:
-        """Return a number that changes when others write; raise `Unavailable` during a commit."""
-        with self._held(self._writer, seconds=0) as writer:
-            version: int = writer.pragma("data_version")
-            return version
 
     def close(self) -> None:
         """Close the file. The WAL goes into it, unless another program has it open."""
         with ExitStack() as held:
             for handle in self._handles:
                 if handle.lock.acquire(timeout=TIMEOUT):  # else whoever holds it is stuck
-                    held.callback(handle.release)
+                    held.callback(handle.lock.release)
             with suppress(FileNotFoundError):
-                now, _ = stat_files(self.path)
-                before = self._files
+                now, _, _ = stat_files(self.path)
                 # Not where one was moved away, and may be put back.
-                if before and (now.database, now.wal) == (before.database, before.wal):
+                if self._files and now[:2] == self._files[:2]:
                     merge_on_close(self._checkpointer.connection)
             for handle in self._handles:  # the one that checkpoints last
                 handle.close()
-            self._files, self._pages, self._checkpointed = None, 0, 0
+            self._files, self._pages = None, 0
 
     # What `Waiting.commit` and the server's `Turns` call.
 
     def run_group(self, writes: Sequence[PendingWrite[Any]]) -> Sequence[PendingWrite[Any]]:
         """Begin a transaction, and run as many of the writes in it as `GROUP_TIME` allows.
 
-        Return those that ran, for `commit_group`. Return none while another program is writing:
-        then try again. It never waits.
+        Return those that ran, for `commit_group`, or those whose deadline has passed. Return none
+        while another program is writing: then try again. It never waits.
         """
-        writer = self._writer
-        writer.lock.acquire()
+        self._writer.lock.acquire()
+        now = time.monotonic()
+        if late := [write for write in writes if write.deadline < now]:
+            for write in late:
+                write.fail(LOCKED)
+            return late
         ran = 0
         try:
             try:
-                connection = self._usable(writer)
+                connection = self._usable(self._writer)
                 connection.execute("BEGIN IMMEDIATE")
             except apsw.BusyError:
-                writer.release()
+                self._writer.lock.release()
                 return []
-            end = time.monotonic() + GROUP_TIME
             for write in writes:
                 ran += 1
                 write.run(connection)
-                if isinstance(write.error, Unavailable):
-                    writer.stale = True  # so that a bad page does not stay in its memory
-                if time.monotonic() > end:
+                if time.monotonic() > now + GROUP_TIME:
                     break
             return writes[:ran]
         except Exception as fault:
@@ -367,7 +341,7 @@ class Database:
             return group
 
     def commit_group(self, group: Sequence[PendingWrite[Any]]) -> None:
-        """Commit what `run_group` has begun; after that each write has its outcome.
+        """Commit what `run_group` has begun, if anything; after that each write has its outcome.
 
         It waits for the disk.
         """
@@ -376,54 +350,69 @@ class Database:
             if writer.connection is not None and writer.connection.in_transaction:
                 writer.connection.execute("COMMIT")
                 self._erasure_due |= any(write.erases and write.error is None for write in group)
+                if any(isinstance(write.error, Unavailable) for write in group):
+                    writer.close()  # so that a bad page does not stay in its memory
         except Exception as fault:
             self._fail(group, fault)
         finally:
-            writer.release()
-
-    def checkpoint_is_due(self) -> bool:
-        """Return whether the WAL has grown so much that `checkpoint` has something to do."""
-        return self._pages - self._checkpointed >= CHECKPOINT
+            writer.lock.release()
 
     def checkpoint(self) -> None:
         """Copy the WAL into the database file, where that is due; it waits for the disk."""
-        if self.checkpoint_is_due():
-            with suppress(Unavailable), self._held(self._checkpointer):
-                self._checkpoint("PASSIVE")  # what fails is tried again, and the WAL has it all
-
-    def _empty_wal(self) -> bool:
-        """Move the WAL into the database file and cut it to nothing; return whether that is done.
-
-        It is not done while somebody reads an older state: another program, or a scan of our own.
-        """
-        if not self._scanner.lock.acquire(blocking=False):
-            return False
-        try:
-            with self._held(self._checkpointer):
-                done = self._checkpoint("TRUNCATE")
-        finally:
-            self._scanner.release()
-        if done:
-            self._erasure_due = False
-        return done
+        if self.checkpoint_due:
+            self.checkpoint_due = False
+            with suppress(Unavailable), self._held(self._checkpointer) as connection:
+                connection.pragma("wal_checkpoint", "PASSIVE")  # a later one does what is left
 
     def _fail(self, group: Sequence[PendingWrite[Any]], fault: Exception) -> None:
         """Undo the transaction, and give everyone whose work was in it this fault."""
-        connection = self._writer.connection
-        with suppress(apsw.Error):
-            if connection is not None and connection.in_transaction:
-                connection.execute("ROLLBACK")
-        self._writer.stale = True
+        self._writer.close()
         for write in group:
             write.fail(fault)
 
-    def _scan(self, work: Work[T], anew: bool, deadline: float) -> T:
-        # A waiting erasure goes first, as it cannot empty the WAL during a scan.
-        self._none_tidies.wait(ERASE_TIME)
-        if time.monotonic() > deadline:
-            raise Unavailable("BusyError: the queue of searches")
-        with self._held(self._scanner, anew) as connection, transaction(connection, "DEFERRED"):
-            return work(connection)
+    def _untidy(self) -> bool:
+        return self._erasure_due or self._pages > CROWDED
+
+    def _empty_wal(self, seconds: float) -> bool:
+        """Move the WAL into the database file and cut it to nothing; return whether that is done.
+
+        Try for so many seconds, where another program reads an older state.
+        """
+        start = time.monotonic()
+        if start < self._no_wait_until:
+            seconds = 0
+        if not self._scanner.lock.acquire(timeout=TIMEOUT):  # as a scan reads an older state too
+            return False
+        try:
+            while self._untidy() and not self._truncate_wal():
+                if time.monotonic() > start + seconds:
+                    if seconds:
+                        self._no_wait_until = time.monotonic() + IN_VAIN
+                    return False
+                time.sleep(ERASE_RETRY)
+            return True
+        finally:
+            self._scanner.lock.release()
+
+    def _truncate_wal(self) -> bool:
+        """Do it, unless another program keeps it from that; return whether it is done."""
+        done = False
+        due, pages = self._erasure_due, self._pages
+        self._erasure_due = False  # a commit that comes meanwhile sets it again
+        try:
+            with self._held(self._checkpointer) as connection:
+                done = not connection.pragma("wal_checkpoint", "TRUNCATE")[0]
+        finally:
+            self._erasure_due |= due and not done
+        if done and self._pages == pages:
+            self._pages = 0
+        return done
+
+    def _data_version(self) -> int:
+        """Return a number that changes when others write; raise `Unavailable` during a commit."""
+        with self._held(self._writer, seconds=0) as writer:
+            version: int = writer.pragma("data_version")
+            return version
 
     @contextmanager
     def _held(
@@ -438,64 +427,58 @@ class Database:
             yield self._usable(handle)
         except FAULTS as fault:
             if not isinstance(fault, apsw.BusyError) and not handle.checkpoints:
-                handle.stale = True  # whatever has happened, the next use begins afresh
+                handle.close()  # whatever has happened, the next use begins afresh
             raise Unavailable(describe(fault)) from fault
         finally:
-            handle.release()
+            handle.lock.release()
 
     def _usable(self, handle: Handle) -> apsw.Connection:
         """Return an open connection; raise where the files are not those that were opened."""
-        files, bytes_in_wal = stat_files(self.path)
-        if files != self._files:
-            with self._opening:  # look again, as another thread may have opened them meanwhile
-                files, bytes_in_wal = stat_files(self.path)
+        files, length, bytes_in_wal = stat_files(self.path)
+        with self._opening:
+            if files != self._files:
                 self._check_changed(files, handle)
+            if handle.connection is None:
+                handle.connection = self._connect(handle)
         connection = handle.connection
-        if connection is None:
-            with self._opening:
-                connection = self._open(handle)
-        # Another program may have emptied the WAL since; else somebody has cut it.
-        if bytes_in_wal < self._pages * (FRAME + self._page_size) and not wal_is_whole(
-            connection, self.path
-        ):
-            raise apsw.IOError(f"{self.path}-wal was cut: restart the service")
+        # Another program may have emptied the WAL, or vacuumed; else somebody has cut a file.
+        shrunk = length < self._length
+        if shrunk or bytes_in_wal < self._pages * self._frame:
+            check_sizes(connection, self.path, shrunk)
+        self._length = length
         return connection
 
-    def _check_changed(self, now: Files, held: Handle) -> None:
-        """Raise where a file was replaced or cut, or the WAL removed; remember what is there."""
+    def _check_changed(self, now: Files, handle: Handle) -> None:
+        """Raise where the database or its WAL was replaced or removed; else open what is there."""
+        before = self._files
         if now.database != (self._identity or now.database):
             raise apsw.CantOpenError(
                 f"{self.path} was replaced: put the one before back, or to use this one stop the"
                 f" service, move {self.path}-wal and {self.path}-shm away, and start it"
             )
-        before = self._files or now
         # After a start there is no -shm file. One without a -wal file means that a worker was
         # killed and that somebody moved its WAL away.
-        lacks_wal = self._files is None and self._prepared and now.shm != NONE == now.wal
-        if lacks_wal or before.wal not in (NONE, now.wal):
+        lacks_wal = before is None and self._prepared and now.shm != NONE == now.wal
+        if lacks_wal or (before and before.wal != now.wal):
             raise apsw.CantOpenError(
                 f"{self.path}-wal was removed or replaced: put the one before back, or restart the"
                 " service"
             )
-        if now.length < before.length:  # as after a VACUUM, or else somebody has cut it
-            pages = held.connection.pragma("page_count") if held.connection else 2**32
-            if now.length < pages * self._page_size:
-                raise apsw.CorruptError(f"{self.path} was cut")
-        if before.shm not in (NONE, now.shm):
-            # All connections of a process to one file share an index of the WAL.
-            held.close()
-            for handle in self._handles:
-                handle.stale = handle.connection is not None
-                if handle.lock.acquire(blocking=False):
-                    handle.release()
-        if self._files is not None:  # else nothing is open
-            self._files = now
+        # The -shm file is another one. All connections of a process share one, so all are closed.
+        for other in self._handles:
+            if other is handle:
+                other.close()
+            elif other.lock.acquire(blocking=False):
+                other.close()
+                other.lock.release()
+            elif other.connection is not None:
+                raise apsw.BusyError(f"{self.path} is being opened again")
+        self._checkpointer.connection = self._connect(self._checkpointer)
+        self._files, _, _ = stat_files(self.path)
+        self._identity = self._files.database
 
-    def _open(self, handle: Handle) -> apsw.Connection:
-        if any(one.stale for one in self._handles):
-            raise apsw.BusyError(f"{self.path} is being opened again")
-        if self._checkpointer.connection is None and handle is not self._checkpointer:
-            self._open(self._checkpointer)
+    def _connect(self, handle: Handle) -> apsw.Connection:
+        """Return a new connection; raise where it is not one to the prepared database."""
         connection = connect(self.path, handle.checkpoints)
         connection.set_busy_timeout(0)  # as this may be the event loop
         try:
@@ -507,30 +490,17 @@ class Database:
                 raise apsw.NotADBError(f"{self.path} is not the database that the start prepared")
             configure(connection)
             check_sizes(connection, self.path)
-            self._files, _ = stat_files(self.path)
-            self._identity = self._files.database
-            self._page_size = connection.pragma("page_size")
+            self._frame = FRAME + connection.pragma("page_size")
             connection.set_busy_timeout(int(1000 * handle.seconds))
+            if handle is self._writer:
+                connection.set_wal_hook(self._count)
         except BaseException:
             connection.close()
             raise
-        if handle is self._writer:
-            connection.set_wal_hook(self._count)
-        handle.connection = connection
         return connection
 
-    def _checkpoint(self, mode: str) -> bool:
-        """Checkpoint without waiting for anybody; return whether the whole WAL was moved."""
-        connection: Any = self._checkpointer.connection
-        busy, pages, moved = connection.pragma("wal_checkpoint", mode)
-        if mode == "TRUNCATE" and not busy:
-            self._pages = 0
-        self._checkpointed = self._pages
-        return not busy and pages == moved
-
     def _count(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        if pages < self._pages:  # the WAL has begun anew
-            self._checkpointed = 0
+        self.checkpoint_due |= pages // CHECKPOINT > self._pages // CHECKPOINT
         self._pages = pages
         return apsw.SQLITE_OK
 
@@ -594,14 +564,17 @@ def transaction(connection: apsw.Connection, mode: str = "IMMEDIATE") -> Generat
             connection.execute("ROLLBACK")
 
 
-def check_sizes(connection: apsw.Connection, path: str) -> None:
-    """Raise `apsw.IOError` or `apsw.CorruptError` where a part of the files is missing."""
+def check_sizes(connection: apsw.Connection, path: str, shrunk: bool = False) -> None:
+    """Raise `apsw.IOError` or `apsw.CorruptError` where a part of the files is missing.
+
+    The file may be shorter than the database by the pages in the WAL, unless it has `shrunk`.
+    """
     if not wal_is_whole(connection, path):
-        raise apsw.IOError(f"{path}-wal was removed or cut")
-    page_size = connection.pragma("page_size")
-    whole = connection.pragma("page_count") * page_size
-    # Pages that were never in the file are in the WAL.
-    if stat_file(path)[1] < whole - max(0, pages_in_wal(connection)) * page_size:
+        raise apsw.IOError(
+            f"{path}-wal was removed or cut: stop all that use the database, then start the service"
+        )
+    pages = connection.pragma("page_count") - (0 if shrunk else max(0, pages_in_wal(connection)))
+    if stat_file(path)[1] < pages * connection.pragma("page_size"):
         raise apsw.CorruptError(f"{path} was cut")
 
 

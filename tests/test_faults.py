@@ -213,7 +213,7 @@ WAL_FAULTS = {
     ),
     "the WAL is cut in half": (
         cut_wal,
-        ({503}, {503}, {503}, "-wal was cut: restart the service"),
+        ({503}, {503}, {503}, "-wal was removed or cut: stop all that use the database"),
     ),
 }
 
