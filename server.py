@@ -163,10 +163,6 @@ class Turns(storage.Waiting):
         )
 
 
-class Pipelined(Exception):
-    """A request that begins before the answer to the one before it."""
-
-
 FRAMING = (b"content-length", b"transfer-encoding")  # the app gets CONTENT_LENGTH instead
 REFUSAL_HEADERS = (
     ("Content-Type", "application/json"),
@@ -183,6 +179,11 @@ ENVIRON = {
     "SCRIPT_NAME": "",
     "livechat.sleep": sleep,  # for resources/standin.py
 }
+
+
+# What a connection is doing. "upgraded" is the moment after a head that asked for another protocol,
+# which it does not get; "closing" waits for a client that is still sending.
+Phase = Literal["idle", "head", "upgraded", "body", "complete", "running", "sending", "closing"]
 
 
 class Connection(HttpToolsProtocol):
@@ -218,13 +219,10 @@ class Connection(HttpToolsProtocol):
     def await_request(self, seconds: float) -> None:
         """Wait for the next request for so many seconds."""
         self.enter("idle", seconds)
-        self.started = self.in_head = self.resuming = self.upgraded = self.complete = False
         self.size = 0  # bytes of the head so far; behind it, of the rest of the request
         self.body: bytearray | None = bytearray()  # None where it is too large
 
-    def enter(
-        self, phase: Literal["idle", "receiving", "running", "sending", "closing"], seconds: float
-    ) -> None:
+    def enter(self, phase: Phase, seconds: float = float("inf")) -> None:
         """Begin a phase, which may take so many seconds."""
         self.phase = phase
         self.deadline = self.loop.time() + seconds  # by the loop's clock
@@ -233,7 +231,7 @@ class Connection(HttpToolsProtocol):
         """End a phase that has taken too long; `now` is a time of the loop's clock."""
         if now < self.deadline:
             return
-        if self.phase == "receiving" and self.started:
+        if self.phase in ("head", "body"):
             self.refuse(refusal("error-request-timeout"))
         else:
             self.transport.abort()
@@ -260,13 +258,11 @@ class Connection(HttpToolsProtocol):
         except Refusal as refused:
             self.refuse(refused)
             return
-        if self.complete:
+        if self.phase == "complete":
             self.last_request = self.loop.time()
-            self.enter("running", float("inf"))
+            self.enter("running")
             self.request = RequestGreenlet(self.answer)
             self.request.switch()
-        elif self.phase == "idle":
-            self.enter("receiving", REQUEST_TIME)
 
     def parse(self, piece: bytes) -> None:
         """Parse a piece; raise `Refusal` for what is not HTTP or beyond a limit."""
@@ -274,81 +270,70 @@ class Connection(HttpToolsProtocol):
         try:
             try:
                 self.parser.feed_data(piece)
-                rest = b""
             except HttpParserUpgrade as upgrade:
                 # This parser would skip the body, so another one reads it.
-                rest = piece[upgrade.args[0] :]
                 self.parser = HttpRequestParser(self)
-                self.resuming = True
                 self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.framing + b"\r\n\r\n")
-            self.parser.feed_data(rest)
+                self.parser.feed_data(piece[upgrade.args[0] :])
         except HttpParserError as error:
             reason = error.__context__  # what a callback raised
             try:
-                if isinstance(reason, Refusal):
-                    raise reason from None
-                if isinstance(reason, Pipelined) or self.complete:
+                if self.phase == "complete":  # more than one request
                     self.read_no_more()
-                elif self.started and not self.in_head:
+                elif isinstance(reason, Refusal):
+                    raise reason from None
+                elif self.phase == "body":
                     raise refusal("error-incomplete-body") from None
                 else:
                     raise invalid_request("not HTTP", error) from None
             finally:
                 del reason  # or a reference cycle would keep the piece in memory
-        if not self.started and self.size > MAX_EMPTY_BYTES:
+        if self.phase == "idle" and self.size > MAX_EMPTY_BYTES:
             raise invalid_request("empty lines")
-        if self.in_head:
-            self.check_head(self.size)
-        elif self.size > MAX_CHUNKED and not self.complete:
+        if self.phase == "head" and self.size > MAX_HEAD:
+            raise invalid_request("large head", MAX_HEAD)
+        if self.phase == "body" and self.size > MAX_CHUNKED:
             self.drop_body()
 
     # The parser's callbacks. What they raise becomes the context of the parser's own error.
 
     def on_message_begin(self) -> None:
-        if self.resuming:
-            return
-        if self.started:
-            raise Pipelined
-        self.started = self.in_head = True
-        self.parsed = 0  # bytes of the head
-        self.url = b""
-        self.headers = []
+        if self.phase == "complete":
+            raise invalid_request("unknown")  # the first one is answered
+        if self.phase == "idle":
+            self.enter("head", REQUEST_TIME)
+            self.url = b""
+            self.headers = []
 
     def on_url(self, url: bytes) -> None:
-        if self.in_head:
+        if self.phase == "head":
             self.url += url
             if len(self.url) > MAX_URL_OR_FIELD:
                 raise invalid_request("long URL", MAX_URL_OR_FIELD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:  # a trailer
+        if self.phase != "head":  # a trailer
             return
-        size = len(name) + len(value) + 4
-        self.parsed += size
-        if size > MAX_URL_OR_FIELD:
+        if len(name) + len(value) + 4 > MAX_URL_OR_FIELD:
             raise invalid_request("large field", MAX_URL_OR_FIELD)
         if len(self.headers) == MAX_HEADER_FIELDS:
             raise invalid_request("many fields", MAX_HEADER_FIELDS)
-        self.check_head(self.parsed)
         self.headers.append((name.lower(), value))
 
-    def check_head(self, size: int) -> None:
-        """Raise `Refusal` if a head of `size` bytes is too large."""
-        if size > MAX_HEAD:
-            raise invalid_request("large head", MAX_HEAD)
-
     def on_headers_complete(self) -> None:
-        if self.resuming:
-            self.resuming = False
+        if self.phase == "upgraded":  # by the second parser
+            self.phase = "body"
             return
-        self.check_head(self.parsed + len(self.url))
-        self.in_head, self.size = False, 0
+        if self.size > MAX_HEAD:  # though a part of that may be the body
+            head = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if head > MAX_HEAD:
+                raise invalid_request("large head", MAX_HEAD)
         self.version, self.method = self.parser.get_http_version(), self.parser.get_method()
         fields = dict(self.headers)
         self.check_fields(fields)
-        self.upgraded = self.parser.should_upgrade()
-        last = self.upgraded or self.version == "1.0" or not self.parser.should_keep_alive()
-        self.keep_alive = not last
+        upgraded = self.parser.should_upgrade()
+        self.phase, self.size = ("upgraded" if upgraded else "body"), 0
+        self.keep_alive = not upgraded and self.version != "1.0"
         # The parser has checked that it is a number, and that there is no Transfer-Encoding too.
         length = fields.get(b"content-length", b"0")
         chunked = b"transfer-encoding" in fields
@@ -369,8 +354,7 @@ class Connection(HttpToolsProtocol):
             raise invalid_request("version")
         if b"host" not in fields and self.version == "1.1":
             raise invalid_request("no host")
-        coding = fields.get(b"transfer-encoding", b"chunked").lower()
-        if coding != b"chunked":
+        if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             raise invalid_request("coding")
         if b"transfer-encoding" in fields and self.version == "1.0":
             raise invalid_request("coding in 1.0")
@@ -388,14 +372,14 @@ class Connection(HttpToolsProtocol):
                 self.drop_body()
 
     def on_message_complete(self) -> None:
-        self.complete = self.complete or not self.upgraded
-        self.upgraded = False  # from now on the other parser reads
+        if self.phase != "upgraded":  # else the second parser says when
+            self.phase = "complete"
         self.keep_alive &= self.parser.should_keep_alive()  # a trailer can change it
 
     def drop_body(self) -> None:
         """Hand a body that is too large over to the app as that, and throw away the rest of it."""
         self.body = None
-        self.complete = True
+        self.phase = "complete"
         self.read_no_more()
 
     def read_no_more(self) -> None:
@@ -406,7 +390,7 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own returns it too
         """Return whether the connection stays open, for an answer."""
         self.eof = True
-        if self.phase == "receiving" and self.started and not self.in_head:
+        if self.phase == "body":
             self.refuse(refusal("error-incomplete-body"))
             return True
         if self.phase in ("running", "sending"):
