@@ -34,6 +34,7 @@ NOT_A_PATH = {
     r"\s#": "contains a comment, which would be a part of it",
     "/$": "is a folder",
 }
+PASSWORD = re.compile("//[^/]*@")  # of a URL, perhaps
 # What Kubernetes sets in every container, for a Service whose name begins with "livechat".
 KUBERNETES = re.compile(
     r"LIVECHAT_(\w+_)?(SERVICE_(HOST|PORT\w*)=|PORT_\d+_(TCP|UDP|SCTP)\w*=|PORT=\w+://).*"
@@ -201,8 +202,9 @@ class Settings:
                 _refuse(value, LEFTOVERS)
                 values[variable.name] = variable.metadata["parse"](value)
             except ValueError as problem:
+                said = f"{'its value' if secret else repr(value)} {problem}"
                 raise SettingError(
-                    f"{name}: {'its value' if secret else repr(value)} {problem};"
+                    f"{name}: {PASSWORD.sub('//...@', said)};"
                     f" it has to be {variable.metadata['form']}"
                 ) from None
             configured.append(f"{name}={'(not shown)' if secret else value}")

@@ -254,7 +254,7 @@ def _upgrade(connection: apsw.Connection, path: str) -> None:
                 if version_of(connection, path) < number:  # else another process has done it
                     connection.execute(step)
                     connection.pragma("user_version", number)
-        except apsw.Error as fault:
+        except Exception as fault:  # such as of a visitor that the step cannot read
             raise PrepareError(
                 f"{path}: stays at version {number - 1}, the step to {number} failed:"
                 f" {describe(fault)}"

@@ -155,6 +155,15 @@ def test_a_failing_second_step_leaves_the_first_ones_version(path, steps):
     assert look(path, "SELECT name FROM sqlite_schema WHERE name = 'visit'") == []
 
 
+@pytest.mark.parametrize("fields", ["", "[]", '{"k": 1}'])
+def test_a_visitor_that_a_step_cannot_read_stops_it_with_one_line(path, fields):
+    look(path, f"UPDATE visitor SET fields = '{fields}' WHERE number = 1")
+    said = refused(path)
+    assert said.startswith(f"{path}: stays at version 1, the step to 2 failed: ")
+    assert "\n" not in said
+    assert version(path) == 1
+
+
 def test_a_newer_file_is_refused_and_left_alone(path, steps):
     steps(*ADDED)
     storage.prepare(path)

@@ -88,6 +88,20 @@ COMMENT = "contains a comment, which would be a part of it"
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("LIVECHAT_DB", "postgres://u:secret@host/db", "'postgres://...@host/db' is a URL"),
+        ("LIVECHAT_CORS_ORIGINS", "https://u:secret@a.b", "'https://...@a.b', which is no origin"),
+    ],
+)
+def test_a_refused_url_never_shows_its_password(name, value, shown):
+    with pytest.raises(SettingError) as refused:
+        Settings.from_environ({name: value})
+    assert shown in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "problem", "form"),
     [
         ("LIVECHAT_DB", "", "is empty", PATH),
@@ -95,7 +109,6 @@ COMMENT = "contains a comment, which would be a part of it"
         ("LIVECHAT_DB", "file:x?mode=ro", "is a URL", PATH),
         ("LIVECHAT_DB", "sqlite:///data/livechat.db", "is a URL", PATH),
         ("LIVECHAT_DB", "sqlite:livechat.db", "is a URL", PATH),
-        ("LIVECHAT_DB", "postgres://u@host/db", "is a URL", PATH),
         ("LIVECHAT_DB", "~/livechat.db", UNREPLACED, PATH),
         ("LIVECHAT_DB", "$HOME/livechat.db", UNREPLACED, PATH),
         ("LIVECHAT_DB", "/home/${USER}/livechat.db", UNREPLACED, PATH),
