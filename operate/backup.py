@@ -73,8 +73,9 @@ def copy_database(path: str, copy: str) -> None:
     """
     progress = bar(unit=" pages")
     with closing(progress), snapshot(path, older=True) as source:
-        # It writes as a checkpoint does, so that what was erased is in no gap of a page.
-        with closing(connect(copy, checkpoints=True)) as target:
+        # It writes as a checkpoint does, so that what was erased is in no gap of a page; but not
+        # where the copy has maps of pages, which the scrubber knows only once it has the header.
+        with closing(connect(copy, checkpoints=not source.pragma("auto_vacuum"))) as target:
             target.pragma("synchronous", "OFF")  # who calls this syncs the file
             with target.backup("main", source, "main") as copying:
                 while not copying.done:

@@ -12,7 +12,7 @@ import apsw
 from operate import Failed, megabytes, some
 from operate.database import count, problems, schema_version
 from storage.database import Unavailable, check_sizes, connect, describe, pages_in_wal
-from storage.migrations import PrepareError, check_sqlite, newest
+from storage.migrations import newest_version
 
 ABOUT = "check the whole database, and say what to do; exit status 1 with any finding"
 EXAMPLE = "check"
@@ -27,13 +27,9 @@ def arguments(_parser: argparse.ArgumentParser) -> None:
 def run(_args: argparse.Namespace, database: str) -> None:
     """Print what there is to say about the database; raise `Failed` with any finding."""
     findings = []
-    try:
-        check_sqlite(apsw.sqlite_lib_version())
-    except PrepareError as error:
-        findings.append(str(error))
     version = schema_version(database)
-    if version < newest():
-        versions = f"{version}, of {newest()}"
+    if version < newest_version():
+        versions = f"{version}, of {newest_version()}"
         findings.append(f"schema version {versions}: restart the service, which brings it up")
     if sys.stderr.isatty():
         print("checking every page ...", end="\r", file=sys.stderr, flush=True)

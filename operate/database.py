@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +13,7 @@ import apsw
 from operate import Failed
 from storage.database import Database, Unavailable, check_sizes, connect, describe, transaction
 from storage.fields import MAX_INTEGER
-from storage.migrations import PrepareError, check_found, newest, refusals, version_of
+from storage.migrations import PrepareError, check_leftovers, newest_version, refusals, version_of
 
 SLICE = 0.02  # seconds that one of many write transactions takes
 PAUSE = 0.005  # seconds between two of them, in which others who wait to write can begin
@@ -53,7 +52,7 @@ def writable(path: str) -> Database:
 
 def _check_newest(path: str) -> None:
     """Raise `PrepareError` where the database at `path` is not of the newest schema."""
-    if schema_version(path) < newest():
+    if schema_version(path) < newest_version():
         raise PrepareError(f"{path}: of an older version; a start of the service brings it up")
 
 
@@ -138,14 +137,9 @@ def schema_version(path: str) -> int:
     Raise `PrepareError` where there is none, or one that is not ours, too new or out of reach.
     """
     with refusals(path):
-        check_found(path)
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            raise PrepareError(f"{path}: there is no database") from None
-        if not stat.S_ISREG(mode):
-            kind = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
-            raise PrepareError(f"{path}: {kind}")
+        check_leftovers(path)
+        if not os.path.exists(path):
+            raise PrepareError(f"{path}: there is no database")
         with closing(connect(path)) as connection:
             version = version_of(connection, path)
     if not version:

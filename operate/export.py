@@ -17,7 +17,7 @@ from operate import SINCE, Failed, bar, some
 from operate.database import count, last_guest, snapshot
 from operate.files import output
 from storage.fields import FIELDS, SELECT, as_visitor, as_wire, iso_date, to_json
-from storage.migrations import newest
+from storage.migrations import newest_version
 
 ABOUT = "write every visitor to a file"
 EXAMPLE = "export -o visitors.jsonl"
@@ -64,7 +64,11 @@ def json_lines(connection: apsw.Connection, since: int) -> Generator[bytes]:
 
     It is as the contract answers it (2.4), with its number.
     """
-    header = {"livechat-visitors": FORM, "schema": newest(), "guest": last_guest(connection)}
+    header = {
+        "livechat-visitors": FORM,
+        "schema": newest_version(),
+        "guest": last_guest(connection),
+    }
     yield f"{to_json(header | {'visitors': count(connection, since)})}\n".encode()
     for visitor in visitors(connection, since):
         yield f"{to_json({'number': visitor['number'], **as_wire(visitor)})}\n".encode()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from operate import Failed
+from storage.migrations import sync
 
 PARTS = ("-journal", "-wal", "-shm")  # what SQLite appends to the name of a database
 
@@ -61,15 +62,6 @@ def aside(path: str, replaces: bool = True) -> Generator[str]:
         for made in (copy, f"{copy}-journal"):
             with suppress(FileNotFoundError):
                 os.unlink(made)
-
-
-def sync(path: str) -> None:
-    """Let the file or folder be on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def guard(path: str, database: str) -> None:

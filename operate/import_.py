@@ -28,7 +28,7 @@ from storage.fields import (
     as_row,
     iso_date,
 )
-from storage.migrations import newest
+from storage.migrations import newest_version
 
 ABOUT = "read what export wrote as JSONL; who is there and was changed later stays"
 EXAMPLE = "import visitors.jsonl"
@@ -80,7 +80,7 @@ def read_header(file: BinaryIO) -> tuple[int, int]:
     """Return the last guest's number, and how many visitors follow; raise `BadLine`."""
     try:
         header = json.loads(file.readline(MAX_LINE))
-        if header["livechat-visitors"] != FORM or header["schema"] > newest():
+        if header["livechat-visitors"] != FORM or header["schema"] > newest_version():
             raise BadLine("line 1: written by a newer version of this service")
         numbers = header["guest"], header["visitors"]
         if not all(type(number) is int and number >= 0 for number in numbers):
@@ -170,7 +170,7 @@ def _value(field: Field, value: Any) -> Any:
     _check(value, field.key)
     try:
         return storage.normalize_email(value) if field.column == "email" else value
-    except storage.InvalidEmail:
+    except ValueError:
         raise ValueError(f"{field.key}: not an email") from None
 
 

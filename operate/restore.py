@@ -13,9 +13,10 @@ from glob import escape, glob
 from operate import Failed, some
 from operate.backup import STAMP, copy_database
 from operate.database import count
-from operate.files import aside, guard, sync
+from operate.files import aside, guard
 from storage.database import connect
 from storage.fields import iso_date
+from storage.migrations import sync
 
 ABOUT = "put a backup in the place of the database, which is moved aside; first stop the service"
 EXAMPLE = "restore backup.db"
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace, database: str) -> None:
     """Put a backup in the place of the database.
 
     After a crash at any point there is the old database with its WAL, the restored one, or none:
-    then nothing starts until this has run again (`storage.migrations.check_found`).
+    then nothing starts until this has run again (`storage.migrations.check_leftovers`).
     """
     if args.file == "-":
         raise Failed("give the name of a file; stdin will not do")

@@ -25,7 +25,7 @@ def registration(visitor: Mapping[str, Any], settings: Settings) -> dict[str, An
     if "email" in given:
         try:
             given["email"] = storage.normalize_email(given["email"])
-        except storage.InvalidEmail as error:
+        except ValueError as error:
             details = {"function": "Livechat.validateEmail", "email": str(error)}
             raise refusal("error-invalid-email", details) from None
     if "department" in given and settings.departments:

@@ -68,7 +68,7 @@ class VisitorInfoResource(AgentResource):
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 with the visitor, but for the token."""
-        visitor = self._call(self._store.find_by_id, req)
+        visitor = self._call(self._store.find, req)
         del visitor["token"]
         resp.data = to_json({"visitor": visitor, "success": True})
 
@@ -76,15 +76,17 @@ class VisitorInfoResource(AgentResource):
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 when the visitor's data is gone from the files."""
-        erased = self._call(self._store.erase_by_id, req)
+        erased = self._call(self._store.erase, req)
         log_erasure(erased)
         resp.data = to_json({"visitor": erased, "success": True})
 
-    def _call(self, method: Callable[[str], dict[str, Any]], req: falcon.Request) -> dict[str, Any]:
+    def _call(
+        self, method: Callable[[str, str], dict[str, Any]], req: falcon.Request
+    ) -> dict[str, Any]:
         """Return what a method of the store returns for the `_id` that is asked for."""
         query = self._query(req)
         try:
-            return method(query["visitorId"])
+            return method(query["visitorId"], "id")
         except storage.VisitorNotFound:
             raise bare_refusal("visitor-not-found") from None
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import apsw
 
-from storage.scrubber import SCRUBBER, register_scrubber
+from storage.scrubber import scrubber
 
 APPLICATION_ID = 0x4C435631  # "LCV1", in the header of every database of ours
 TIMEOUT = 5.0  # seconds that a write may wait altogether, a read in each queue and in SQLite
@@ -517,9 +517,7 @@ def connect(path: str, checkpoints: bool = False) -> apsw.Connection:
     None of them checkpoints by itself, also not the last one when it closes: the file could be
     damaged. SQLite waits `TIMEOUT` seconds for other programs inside a call.
     """
-    if checkpoints:
-        register_scrubber()
-    vfs = SCRUBBER if checkpoints else None
+    vfs = scrubber().name if checkpoints else None
     connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs)
     connection.set_busy_timeout(int(1000 * TIMEOUT))
     connection.wal_autocheckpoint(0)
@@ -536,12 +534,12 @@ def merge_on_close(connection: apsw.Connection | None) -> None:
 def configure(connection: apsw.Connection) -> None:
     """Make the connection durable; raise `apsw.CantOpenError` where SQLite does not do as told."""
     # Each on its own: of a string of several, those after one that returns a row never run.
-    connection.pragma("journal_mode", "WAL")
     connection.pragma("synchronous", "FULL")
     connection.pragma("secure_delete", "ON")
     connection.pragma("foreign_keys", "ON")
     if sys.platform == "darwin":
         connection.pragma("fullfsync", "ON")
+    connection.pragma("journal_mode", "WAL")  # the last one, as it may raise BusyError at once
     held = [connection.pragma(name) for name in ("journal_mode", "synchronous", "secure_delete")]
     if held != ["wal", 2, 1]:
         raise apsw.CantOpenError(f"SQLite did not take the settings it was given: {held}")

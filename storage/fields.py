@@ -21,7 +21,7 @@ WHITE_SPACE = (
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
 # `unicodedata.normalize` sorts combining marks in a time that grows with the square of their
-# number. They are all among these characters; a joiner after so many ends the run.
+# number. All of them are among these characters; a joiner after so many ends the run.
 MARKS = re.compile(r"(?:[^\w\x00-\x7f]|[\uff9e\uff9f]){30}")
 GRAPHEME_JOINER = "\u034f"
 
@@ -32,14 +32,15 @@ class Field(NamedTuple):
     column: str
     key: str  # in an answer (contract, 2.4), and in an export
     kind: Literal["text", "time", "custom fields"] = "text"
-    list_of: str = ""  # the key of the one object, where the answer has a list of objects
+    list_of: str = ""  # the key in the one object of a list, where the answer has such a list
     given: bool = True  # a registration may give it, under the column's name
     required: bool = False  # in every visitor
     searched: bool = False  # for a part of its text
 
 
 # What is written, answered by token, exported, imported and sent on follows from this table, in
-# the order of an answer. schema.sql, visitor.json and `FOUND`, a search's answer, are beside it.
+# the order of an answer. Beside it are schema.sql, visitor.json and `SEARCH_KEYS`, which a search
+# answers.
 FIELDS = (
     Field("id", "_id", given=False, required=True),
     Field("username", "username", required=True, searched=True),
@@ -66,15 +67,11 @@ UPDATE = (
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-class InvalidEmail(Exception):
-    """What is no email; the text is what would have been kept of it."""
-
-
 def normalize_email(text: str) -> str:
-    """Return an email as it is kept, trimmed and in lower case; raise `InvalidEmail`."""
+    """Return an email trimmed and in lower case; raise `ValueError` with that where it is none."""
     email = text.strip(WHITE_SPACE).lower()
     if not re.fullmatch("[^@]+@[^@]+", email):
-        raise InvalidEmail(email)
+        raise ValueError(email)
     return email
 
 
@@ -99,15 +96,15 @@ def fold(text: str) -> str:
     """Return a text in the form in which two that look alike are equal, letter case aside."""
     if text.isascii():
         return text.lower()
-    # A run that nobody writes is cut, as Unicode's Stream-Safe Text Format does.
+    # A run longer than any real text has is divided, as in Unicode's Stream-Safe Text Format.
     text = MARKS.sub(lambda run: run[0] + GRAPHEME_JOINER * _is_mark(run[0][-1]), text)
-    # Unicode's NFKC and full case folding; which leaves the dot of a Turkish capital I.
+    # Unicode's NFKC and full case folding. The latter makes of İ an i with a dot, which is removed.
     folded = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", folded).replace("i\u0307", "i")
 
 
 def _is_mark(char: str) -> bool:
-    """Return whether normalization may move a character to before the one in front of it."""
+    """Return whether normalization may move this character forward: it is a combining mark."""
     return unicodedata.combining(unicodedata.normalize("NFKD", char)[0]) > 0
 
 
@@ -127,11 +124,7 @@ def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
 
 def as_wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
     """Return a visitor as the contract answers it (2.4): what is not set is absent."""
-    wire: dict[str, Any] = {
-        "_id": "",
-        "username": "",
-        "status": "online",
-    }  # placeholders, for the order of the keys
+    wire = {"_id": visitor["id"], "username": visitor["username"], "status": "online"}
     for field in FIELDS:
         value = visitor[field.column]
         if field.kind == "time":
@@ -146,6 +139,6 @@ def iso_date(ms: int) -> str:
     """Return a time, in milliseconds since 1970, as the contract writes it."""
     try:
         moment = datetime.fromtimestamp(ms / 1000, UTC)
-    except (ValueError, OverflowError):  # beyond the years that there are
+    except (ValueError, OverflowError):  # after the year 9999
         raise apsw.CorruptError("a date of a visitor is damaged") from None
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import stat
-import time
+import re
 from collections.abc import Collection, Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from glob import escape, glob
 from importlib.resources import files
 from pathlib import Path
@@ -17,9 +16,7 @@ import apsw
 
 from storage.database import (
     APPLICATION_ID,
-    BEGIN_RETRY,
     FAULTS,
-    TIMEOUT,
     Identity,
     check_pages,
     check_sizes,
@@ -27,47 +24,15 @@ from storage.database import (
     connect,
     describe,
     merge_on_close,
+    stat_file,
     stat_files,
     transaction,
 )
 from storage.fields import phone_digits, search_text
 
-# What upgrades a file of version 1 to version 2, and so on: SQL that only adds, because in the
-# minute of a deploy the old code works on the new file. schema.sql is the whole newest version.
-# It may call `search_text` and `phone_digits` of fields.py.
-STEPS: tuple[str, ...] = (
-    # 2: texts are compared as Unicode has it, and phones by their digits
-    """
-    ALTER TABLE visitor ADD COLUMN digits TEXT;
-    UPDATE visitor SET
-        digits = phone_digits(phone),
-        search = search_text(username, coalesce(name, ''), fields);
-    """,
-    # 3: the visitors of each day, for the statistics
-    """
-    CREATE TABLE day (
-        number INTEGER PRIMARY KEY,
-        registered INTEGER NOT NULL,
-        changes INTEGER NOT NULL
-    ) STRICT;
-
-    CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN
-        INSERT INTO day VALUES (NEW.ts / 86400000, 1, 1)
-            ON CONFLICT DO UPDATE SET registered = registered + 1, changes = changes + 1;
-    END;
-
-    CREATE TRIGGER visitor_changed AFTER UPDATE ON visitor BEGIN
-        UPDATE day SET changes = changes + 1 WHERE number = NEW.ts / 86400000;
-    END;
-
-    CREATE TRIGGER visitor_deleted AFTER DELETE ON visitor BEGIN
-        UPDATE day SET registered = registered - 1, changes = changes + 1
-            WHERE number = OLD.ts / 86400000;
-    END;
-
-    INSERT INTO day SELECT ts / 86400000, count(*), 0 FROM visitor GROUP BY 1;
-    """,
-)
+# The SQL of each version of the schema, the first one first.
+_SCHEMA = files(__package__).joinpath("schema.sql").read_text("utf-8")
+STEPS = tuple(re.split("(?m)^-- Version .*", _SCHEMA)[1:])
 
 
 class PrepareError(Exception):
@@ -77,41 +42,42 @@ class PrepareError(Exception):
 def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
     """Create or upgrade the database at `path`, readable by its owner alone.
 
-    Of phone and email, those `indexed` get an index.
+    `indexed` names which of the columns phone and email get an index.
     Return whether the database is new, and the number of visitors in it.
     Raise `PrepareError` where the file is not ours, is too new, or cannot be used.
     """
     path = os.path.abspath(path)
-    check_sqlite(apsw.sqlite_lib_version())
     with refusals(path):
-        check_found(path)
+        check_leftovers(path)
         _create_file(path)
         with closing(connect(path)) as connection:
             version_of(connection, path)  # what is not ours is refused before anything is touched
         os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
         with closing(connect(path, checkpoints=True)) as connection:
-            _configure(connection)
+            with suppress(apsw.BusyError):  # another process does the same at this moment
+                configure(connection)
             check_sizes(connection, path)
             check_pages(connection)
-            merge_on_close(connection)
+            merge_on_close(connection)  # with what an erasure has left that a kill cut short
             # Nothing is written where nothing is to be changed: another process may be writing.
-            new = not version_of(connection, path) and _create(connection, path)
-            _upgrade(connection, path)
-            _index(connection, indexed)
-            # A process that was killed may have left an erasure unfinished.
-            connection.set_busy_timeout(100)
-            connection.pragma("wal_checkpoint", "TRUNCATE")
+            new = _upgrade(connection, path)
+            for column in ("phone", "email"):
+                if column in indexed:
+                    sql = f"CREATE INDEX IF NOT EXISTS visitor_{column} ON visitor ({column})"
+                else:
+                    sql = f"DROP INDEX IF EXISTS visitor_{column}"
+                connection.execute(sql)
             return new, connection.execute("SELECT count(*) FROM visitor").get
 
 
 def identity(path: str) -> Identity:
-    """Return which file is at `path`, for `Database`."""
+    """Return the device and inode of the file at `path`, for `Database`."""
     return stat_files(path)[0].database
 
 
-def newest() -> int:
+def newest_version() -> int:
     """Return the version of the schema that this code writes."""
-    return 1 + len(STEPS)
+    return len(STEPS)
 
 
 @contextmanager
@@ -121,8 +87,6 @@ def refusals(path: str) -> Generator[None]:
         yield
     except apsw.NotADBError:
         raise PrepareError(f"{path}: not a SQLite database; if it was, restore a backup") from None
-    except IsADirectoryError as fault:
-        raise PrepareError(f"{fault.filename}: a folder, not a file") from None
     except (FileExistsError, NotADirectoryError):
         raise PrepareError(f"{path}: its folder is a file, not a folder") from None
     except apsw.BusyError:
@@ -134,62 +98,57 @@ def refusals(path: str) -> Generator[None]:
         raise PrepareError(f"{path}: cannot be used: {reason}") from None
 
 
-def check_found(path: str) -> None:
-    """Raise where going on would lose what is in the WAL, or what a restore moved away."""
-    # Its last step (operate/restore.py) takes the file out of there.
+def check_leftovers(path: str) -> None:
+    """Raise `PrepareError` where a start would lose visitors, or where no database can be.
+
+    Visitors would be lost where a restore is unfinished, or a WAL has no database.
+    """
+    # The last step of operate/restore.py renames that file; while it is there, one is unfinished.
     if not os.path.exists(path) and glob(f"{escape(path)}-before-*/restored"):
         raise PrepareError(f"{path}: a restore has not ended: run it again")
-    # The WAL first, as another process may be making both.
-    wal, database = (Path(f"{path}{suffix}") for suffix in ("-wal", ""))
-    bytes_in_wal = wal.stat().st_size if wal.exists() else 0
-    if bytes_in_wal and not (database.exists() and database.stat().st_size):
+    # Look at the WAL first: another process may create both between the two looks.
+    if stat_file(f"{path}-wal")[1] and not stat_file(path)[1]:
         raise PrepareError(
-            f"{path}: gone or empty, but {wal} is there; put the database back, or to begin anew"
-            f" remove {wal}"
+            f"{path}: gone or empty, but {path}-wal is there; put the database back, or to begin"
+            f" anew remove {path}-wal"
         )
-    mounts = Path("/proc/self/mountinfo")  # Linux alone has it: proc_pid_mountinfo(5)
-    # The kernel writes a blank, for one, as \040.
-    real = os.path.realpath(path).encode()
-    mounted = {
-        line.split()[4].decode("unicode_escape").encode("latin-1")
-        for line in (mounts.read_bytes().splitlines() if mounts.exists() else ())
-    }
-    if real in mounted and database.is_file():
-        raise PrepareError(
-            f"{path}: mounted as a single file, so that its WAL would be left behind: mount its"
-            " folder instead"
-        )
+    if os.path.isdir(path):
+        raise PrepareError(f"{path}: a folder, not a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise PrepareError(f"{path}: not a regular file")
+    with suppress(FileNotFoundError), open("/proc/self/mountinfo", "rb") as mounts:  # of Linux
+        # The kernel writes a blank, for one, as \040: proc_pid_mountinfo(5).
+        points = [line.split()[4].decode("unicode_escape").encode("latin-1") for line in mounts]
+        if os.fsencode(os.path.realpath(path)) in points:
+            raise PrepareError(
+                f"{path}: mounted as a single file, so that its WAL would be left behind: mount its"
+                " folder instead"
+            )
 
 
 def _create_file(path: str) -> None:
-    """Create the file and its folders where they are missing, so that no power cut takes them."""
-    made = [] if os.path.exists(path) else [path]
-    while made and not os.path.exists(os.path.dirname(made[-1])):
-        made.append(os.path.dirname(made[-1]))
+    """Create the file and its folders where they are missing, and sync them."""
+    missing = [entry for entry in (Path(path), *Path(path).parents) if not entry.exists()]
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    for entry in missing:
+        sync(str(entry.parent))
+
+
+def sync(path: str) -> None:
+    """Let the file or folder be on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise PrepareError(f"{path}: not a regular file")
+        os.fsync(descriptor)
     finally:
-        os.close(file)
-    for entry in made:
-        folder = os.open(os.path.dirname(entry), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def check_sqlite(version: str) -> None:
-    """Raise `PrepareError` where that version of SQLite is known to damage databases."""
-    # Several connections could corrupt a WAL database: sqlite.org/wal.html, "walresetbug".
-    if tuple(map(int, version.split("."))) < (3, 51, 3) or version == "3.52.0":
-        raise PrepareError(f"SQLite {version} can damage a database; install a newer apsw")
+        os.close(descriptor)
 
 
 def version_of(connection: apsw.Connection, path: str) -> int:
-    """Return the version of the schema, 0 of an empty file; raise `PrepareError`: not ours."""
+    """Return the version of the schema, 0 of an empty file.
+
+    Raise `PrepareError` where the database is not ours, or of no version that this code knows.
+    """
     # One statement reads one state, as another process may be creating the database.
     sql = (
         "SELECT application_id, user_version, (SELECT group_concat(name) FROM sqlite_schema)"
@@ -203,42 +162,22 @@ def version_of(connection: apsw.Connection, path: str) -> int:
         raise PrepareError(
             f"{path}: has our tables without our marks, as what was rebuilt from a .dump; if it is"
             f" ours, run in it: PRAGMA application_id = {APPLICATION_ID};"
-            f" PRAGMA user_version = {newest()};"
+            f" PRAGMA user_version = {newest_version()};"
         )
     if application != APPLICATION_ID:
         raise PrepareError(f"{path}: the database of another application")
-    if version > newest():
+    if version > newest_version():
         raise PrepareError(f"{path}: written by a newer version of this service")
     if version < 1:
         raise PrepareError(f"{path}: damaged: it is of version {version}; restore a backup")
     return int(version)
 
 
-def _configure(connection: apsw.Connection) -> None:
-    """Configure it; wait for others who do so at this moment, as SQLite itself does not."""
-    deadline = time.monotonic() + TIMEOUT
-    while True:
-        try:
-            return configure(connection)
-        except apsw.BusyError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(BEGIN_RETRY)
+def _upgrade(connection: apsw.Connection, path: str) -> bool:
+    """Take the steps that the file has not taken, each in one transaction with its version.
 
-
-def _create(connection: apsw.Connection, path: str) -> bool:
-    """Create the schema, unless another process has; return whether it was here."""
-    with transaction(connection):
-        if version_of(connection, path):
-            return False
-        connection.execute(files(__package__).joinpath("schema.sql").read_text("utf-8"))
-        connection.pragma("application_id", APPLICATION_ID)
-        connection.pragma("user_version", newest())
-    return True
-
-
-def _upgrade(connection: apsw.Connection, path: str) -> None:
-    """Take the steps that the file has not taken, each in one transaction with its version."""
+    Return whether the first one was among them, so that the database is new.
+    """
 
     def text_of(username: Any, name: Any, fields: Any) -> str:
         return search_text(username, name, *json.loads(fields).values())
@@ -246,27 +185,18 @@ def _upgrade(connection: apsw.Connection, path: str) -> None:
     functions: dict[str, Any] = {"search_text": text_of, "phone_digits": phone_digits}
     for name, function in functions.items():
         connection.create_scalar_function(name, function)
-    for number, step in enumerate(STEPS, 2):
-        if version_of(connection, path) >= number:
-            continue
+    new = False
+    while (version := version_of(connection, path)) < newest_version():
         try:
             with transaction(connection):
-                if version_of(connection, path) < number:  # else another process has done it
-                    connection.execute(step)
-                    connection.pragma("user_version", number)
+                if version_of(connection, path) == version:  # else another process has taken it
+                    connection.execute(STEPS[version])
+                    connection.pragma("application_id", APPLICATION_ID)
+                    connection.pragma("user_version", version + 1)
+                    new |= version == 0
         except Exception as fault:  # such as of a visitor that the step cannot read
             raise PrepareError(
-                f"{path}: stays at version {number - 1}, the step to {number} failed:"
+                f"{path}: stays at version {version}, the step to {version + 1} failed:"
                 f" {describe(fault)}"
             ) from None
-
-
-def _index(connection: apsw.Connection, indexed: Collection[str]) -> None:
-    sql = "SELECT name FROM sqlite_schema WHERE type = 'index'"
-    there = {name for (name,) in connection.execute(sql)}
-    for column in ("phone", "email"):
-        name = f"visitor_{column}"
-        if column in indexed and name not in there:
-            connection.execute(f"CREATE INDEX IF NOT EXISTS {name} ON visitor ({column})")
-        elif column not in indexed and name in there:
-            connection.execute(f"DROP INDEX IF EXISTS {name}")
+    return new

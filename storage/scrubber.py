@@ -10,17 +10,31 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from functools import cache
+from glob import glob
 
 import apsw
 
-# The name of the VFS. Only connections that checkpoint need it, as nothing else writes to the file.
-SCRUBBER = "livechat-scrubber"
+
+class _Scrubber(apsw.VFS):
+    """The operating system's files, but the pages of a database file are scrubbed.
+
+    Only connections that checkpoint need it, as nothing else writes to the database file.
+    """
+
+    name = "livechat-scrubber"
+
+    def __init__(self) -> None:
+        super().__init__(self.name, base="")
+
+    def xOpen(  # noqa: N802 # SQLite's name
+        self, name: str | apsw.URIFilename | None, flags: list[int]
+    ) -> apsw.VFSFile:
+        return _File("", name, flags)
 
 
-@cache
-def register_scrubber() -> object:
-    """Register the VFS. It stays registered while the returned object lives; the cache keeps it."""
-    return _Scrubber()
+# The first call registers it, as the default VFS of that moment is its base; the cache keeps it, as
+# it is registered only as long as it lives.
+scrubber = cache(_Scrubber)
 
 
 def scrub(page: bytes) -> bytes:
@@ -37,23 +51,11 @@ def scrub(page: bytes) -> bytes:
     return page[:start] + bytes(end - start) + page[end:]
 
 
-class _Scrubber(apsw.VFS):
-    """The operating system's files, but the pages of a database file are scrubbed."""
-
-    def __init__(self) -> None:
-        super().__init__(SCRUBBER, base="")
-
-    def xOpen(  # noqa: N802 # SQLite's name
-        self, name: str | apsw.URIFilename | None, flags: list[int]
-    ) -> apsw.VFSFile:
-        return (_ScrubbedFile if flags[0] & apsw.SQLITE_OPEN_MAIN_DB else _File)("", name, flags)
-
-
 class _File(apsw.VFSFile):
-    """A file whose syncs let other threads run, as apsw's own do not.
+    """A file that is scrubbed, if it is a database, and whose syncs let other threads run.
 
-    They need the descriptor that SQLite has opened: closing another one of the same file would take
-    away SQLite's locks.
+    apsw's own syncs do not. Ours need the descriptor that SQLite has opened: to close another one
+    of the same file would take away SQLite's locks.
     """
 
     def __init__(self, vfs: str, name: str | apsw.URIFilename | None, flags: list[int]) -> None:
@@ -61,25 +63,24 @@ class _File(apsw.VFSFile):
         before = _descriptors(path)
         super().__init__(vfs, name, flags)
         new = _descriptors(path) - before
-        # Several are new where another thread has opened the file too; another VFS syncs by itself.
-        sure = len(new) == 1 and apsw.vfs_names()[0] == "unix"
-        self._descriptor = new.pop() if sure else None
+        # Several are new where another thread has opened the file too. Above another VFS, as in the
+        # tests, that one has to sync.
+        is_own = len(new) == 1 and apsw.vfs_names()[0] == "unix"
+        self._descriptor = new.pop() if is_own else None
+        self._is_database = bool(flags[0] & apsw.SQLITE_OPEN_MAIN_DB)
 
     def xSync(self, flags: int) -> None:  # noqa: N802 # SQLite's name
         if self._descriptor is None:
             super().xSync(flags)
-            return
-        try:
+        else:
             os.fdatasync(self._descriptor)
-        except OSError as error:
-            raise apsw.IOError(f"cannot sync: {error.strerror}") from None
 
-
-class _ScrubbedFile(_File):
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 # SQLite's name
-        # SQLite writes whole pages, of 512 bytes at least. From 2**25 pages on, the number with
-        # which an overflow page begins could be taken for the kind of a tree page.
-        if len(data) >= 512 and super().xFileSize() < 2**25 * len(data):
+        # SQLite writes whole pages. What is no page of a tree could be taken for one: an overflow
+        # page, from 2**25 pages on, and a map of pages, which a database has whose header says that
+        # it vacuums by itself.
+        small = self._is_database and super().xFileSize() < 2**25 * len(data)
+        if small and not any(super().xRead(4, 52)):
             data = scrub(data)
         super().xWrite(data, offset)
 
@@ -87,10 +88,8 @@ class _ScrubbedFile(_File):
 def _descriptors(path: str | None) -> set[int]:
     """Return the descriptors of this process that are open on a file, as far as Linux tells."""
     found = set()
-    with suppress(OSError, TypeError):
-        file = os.stat(path)  # type: ignore[arg-type] # a temporary file has no name
-        for number in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):  # the one that lists them is closed by now
-                if os.path.samestat(os.fstat(number), file):
-                    found.add(number)
+    for link in glob("/proc/self/fd/*"):
+        with suppress(OSError):  # another thread has closed it by now, or the file has no name yet
+            if os.path.samefile(link, path or ""):
+                found.add(int(os.path.basename(link)))
     return found

@@ -1,15 +1,17 @@
-"""What the API asks of the database, one method an operation; visitors come out as plain dicts."""
+"""What the API asks of the database, one method for each operation; visitors are plain dicts."""
 
 from __future__ import annotations
 
-import os
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 import apsw
 
-from storage.database import Database, check_pages
+from storage.database import Database, T, check_pages
 from storage.fields import (
     COLUMNS,
     INSERT,
@@ -27,17 +29,11 @@ from storage.fields import (
 )
 
 MAX_PAGE_BYTES = 4_000_000  # of the visitors on a page of a search, which has at least one
-ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
+ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
-# Each byte below the largest multiple of the alphabet's length stands for a character; the rest is
-# dropped, as it would make some characters more likely than others.
-_USED = 256 - 256 % len(ID_ALPHABET)
-_CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
-_DROPPED = bytes(range(_USED, 256))
-
 DAY = 86_400_000  # milliseconds
 # The keys of a visitor in a search; the last three are ours (contract, 9).
-FOUND = (
+SEARCH_KEYS = (
     *("_id", "username", "name", "phone", "livechatData", "visitorEmails"),
     *("department", "ts", "_updatedAt"),
 )
@@ -50,7 +46,7 @@ class VisitorNotFound(Exception):
 
 
 class UnknownField(Exception):
-    """A custom field whose key is not configured, or none at all."""
+    """The key of a custom field is not configured, or there is no field."""
 
 
 class OverLimit(Exception):
@@ -64,16 +60,18 @@ def milliseconds() -> int:
 
 def random_id() -> str:
     """Return a new `_id`, which nobody can guess (contract, 2.3)."""
-    id_ = b""
+    number, id_ = secrets.randbelow(len(ID_ALPHABET) ** ID_LENGTH), ""
     while len(id_) < ID_LENGTH:
-        id_ += os.urandom(2 * ID_LENGTH).translate(_CHARACTERS, _DROPPED)
-    return id_[:ID_LENGTH].decode()
+        number, digit = divmod(number, len(ID_ALPHABET))
+        id_ += ID_ALPHABET[digit]
+    return id_
 
 
 class VisitorStore:
-    """The visitors in `database`; each method is one transaction, or raises `Unavailable`.
+    """The visitors in `database`. Each method returns when it is done, or raises `Unavailable`.
 
-    Registrations meet by `match`; `field_keys` are the custom fields that are kept, all if empty.
+    `match` names the columns by which a registration finds the visitor that it updates.
+    `field_keys` are the custom fields that are kept, all if empty.
     """
 
     def __init__(
@@ -89,8 +87,7 @@ class VisitorStore:
         self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
-        self._changes = -1  # how many the last call of `statistics` has found
-        self._changed = 0  # when these were more than before, in milliseconds since 1970
+        self._began = clock()
 
     def register(
         self,
@@ -107,20 +104,20 @@ class VisitorStore:
         fields = [field for field in fields if self._keeps(field["key"])]
 
         def work(connection: apsw.Connection) -> dict[str, Any]:
-            visitor = self._meet(connection, token, given)
-            statement = UPDATE if visitor else INSERT
+            visitor = self._existing(connection, token, given)
             if visitor is None:
+                guest = "UPDATE guest SET last = last + 1 RETURNING last"
                 now = self._clock()
                 visitor = dict.fromkeys(COLUMNS) | {
                     "id": self._make_id(),
                     "token": token,
-                    "username": given.get("username") or f"guest-{_next_guest(connection)}",
+                    "username": given.get("username") or f"guest-{connection.execute(guest).get}",
                     "ts": now,
                     "updated": now,
                     "fields": {},
                 }
             visitor |= {column: given[column] for column in given if column != "username"}
-            return self._save(connection, statement, visitor, fields)
+            return self._save(connection, visitor, fields)
 
         return self._database.write(work)
 
@@ -134,17 +131,32 @@ class VisitorStore:
             visitor = _one(connection, "token", token)
             if not fields or not all(self._keeps(field["key"]) for field in fields):
                 raise UnknownField
-            self._save(connection, UPDATE, visitor, fields)
+            self._save(connection, visitor, fields)
 
         self._database.write(work)
 
-    def find(self, token: str) -> dict[str, Any]:
-        """Return the visitor with that token; raise `VisitorNotFound`."""
-        return self._database.read(lambda connection: as_wire(_one(connection, "token", token)))
+    def find(self, value: str, by: str = "token") -> dict[str, Any]:
+        """Return the visitor with that token, or `by` "id" with that `_id`.
 
-    def find_by_id(self, id_: str) -> dict[str, Any]:
-        """Return the visitor with that `_id`, which takes a scan; raise `VisitorNotFound`."""
-        return self._database.scan(lambda connection: as_wire(_one(connection, "id", id_)))
+        Raise `VisitorNotFound`.
+        """
+        return self._read(value, by, as_wire)
+
+    def erase(self, value: str, by: str = "token") -> dict[str, Any]:
+        """Delete the visitor that `find` returns, whose data is then gone from the files.
+
+        Return the `_id` and the time of deletion; raise `VisitorNotFound`.
+        """
+        number, id_ = self._read(value, by, itemgetter("number", "id"))
+
+        def work(connection: apsw.Connection) -> dict[str, Any]:
+            # Another visitor may have got the number meanwhile.
+            connection.execute("DELETE FROM visitor WHERE number = ? AND id = ?", (number, id_))
+            if not connection.changes():
+                raise VisitorNotFound
+            return {"_id": id_, "ts": iso_date(self._clock())}
+
+        return self._database.write(work, erases=True)
 
     def search(
         self, term: str, sort: Mapping[str, float], offset: int, count: int
@@ -156,11 +168,14 @@ class VisitorStore:
         `SORTABLE` to 1 or -1; the newest come first. The page ends early where it would be larger
         than `MAX_PAGE_BYTES`.
         """
-        keys = [f"{SORTABLE[key]} {'ASC' if way > 0 else 'DESC'}" for key, way in sort.items()]
+        keys = [
+            f"{SORTABLE[key]} {'ASC' if direction > 0 else 'DESC'}"
+            for key, direction in sort.items()
+        ]
         order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
         where = "email = :email OR phone = :phone OR digits = :digits OR instr(search, :part)"
         where = where if term else "true"
-        # Numbers alone are sorted, as whole rows would be copied about.
+        # The inner query sorts numbers alone, as SQLite copies what it sorts.
         numbers = f"SELECT number FROM visitor WHERE {where} {order} LIMIT :count OFFSET :offset"
         page = f"{SELECT} WHERE number IN ({numbers}) {order}"
         wanted = {
@@ -173,14 +188,15 @@ class VisitorStore:
         }
 
         def work(connection: apsw.Connection) -> tuple[list[dict[str, Any]], int]:
-            if "\0" in term:  # which parts the texts in `search`, and no visitor holds
+            if "\0" in term:  # which separates the texts in `search`; no visitor has it in one
                 return [], 0
             sql = f"SELECT count(*) FROM visitor WHERE {where}"
             total = connection.execute(sql, wanted).get
             found: list[dict[str, Any]] = []
             size = 0
             for row in connection.execute(page, wanted):
-                visitor = _found(as_visitor(row))
+                wire = as_wire(as_visitor(row))
+                visitor = {key: wire[key] for key in SEARCH_KEYS if key in wire}
                 size += len(to_json(visitor).encode())
                 if found and size > MAX_PAGE_BYTES:
                     break
@@ -189,57 +205,21 @@ class VisitorStore:
 
         return self._database.scan(work)
 
-    def erase(self, token: str) -> dict[str, Any]:
-        """Delete the visitor with that token, whose data is then gone from the files.
-
-        Return the `_id` and the time of deletion; raise `VisitorNotFound`.
-        """
-
-        def work(connection: apsw.Connection) -> dict[str, Any]:
-            visitor = _one(connection, "token", token)
-            connection.execute("DELETE FROM visitor WHERE number = ?", (visitor["number"],))
-            return {"_id": visitor["id"], "ts": iso_date(self._clock())}
-
-        return self._database.write(work, erases=True)
-
-    def erase_by_id(self, id_: str) -> dict[str, Any]:
-        """Delete the visitor with that `_id`, which takes a scan, and return the same as `erase`.
-
-        Raise `VisitorNotFound`.
-        """
-        number = self._database.scan(lambda connection: _one(connection, "id", id_)["number"])
-
-        def work(connection: apsw.Connection) -> dict[str, Any]:
-            # Another one may have got the number meanwhile.
-            connection.execute("DELETE FROM visitor WHERE number = ? AND id = ?", (number, id_))
-            if not connection.changes():
-                raise VisitorNotFound
-            return {"_id": id_, "ts": iso_date(self._clock())}
-
-        return self._database.write(work, erases=True)
-
     def statistics(self, days: int) -> dict[str, Any]:
         """Return the total of visitors, and how many of them are of each of the last `days`.
 
         The days are those of UTC, today first. "changed" is a time that moves on when any program
-        has registered, changed or erased a visitor since the last call, and at the first call.
+        registers, changes or erases a visitor, and at a start.
         """
-        now = self._clock()
-        today = now // DAY
-
-        def work(connection: apsw.Connection) -> list[tuple[Any, ...]]:
-            # All days before those that are asked for come as one.
-            sql = "SELECT max(number, ?), sum(registered), sum(changes) FROM day GROUP BY 1"
-            return connection.execute(sql, (today - days,)).fetchall()
-
-        rows = self._database.read(work)
+        today = self._clock() // DAY
+        sql = "SELECT * FROM day"
+        rows: Any = self._database.read(lambda connection: connection.execute(sql).fetchall())
         registered = {number: visitors for number, visitors, _ in rows}
-        changes = sum(row[2] for row in rows)
-        if changes != self._changes:
-            self._changes, self._changed = changes, max(now, self._changed + 1)
+        # A millisecond for each change. It is greater after a restart, as that takes longer.
+        changed = self._began + sum(changes for *_, changes in rows)
         return {
             "total": sum(registered.values()),
-            "changed": iso_date(self._changed),
+            "changed": iso_date(changed),
             "days": [
                 {"date": iso_date(day * DAY)[:10], "registered": registered.get(day, 0)}
                 for day in range(today, today - days, -1)
@@ -256,21 +236,22 @@ class VisitorStore:
         )
 
     def reset(self) -> None:
-        """Delete every visitor, whose data is then gone; the next guest is the first one again."""
+        """Delete every visitor, whose data is then gone; the next guest is guest-2 again."""
         self._database.write(
-            lambda connection: connection.execute("DELETE FROM visitor; UPDATE guest SET last = 1"),
+            lambda connection: (
+                connection.execute("DELETE FROM visitor; UPDATE guest SET last = 1").get
+            ),
             erases=True,
         )
 
     def ping(self) -> None:
         """Read the files anew; raise `Unavailable` where they are missing or damaged.
 
-        A large database is not looked through, but for its newest visitor.
+        Of a large database only the newest visitor is read.
         """
 
         def work(connection: apsw.Connection) -> None:
             check_pages(connection)
-            connection.execute("SELECT last FROM guest").fetchall()
             connection.execute(f"{SELECT} ORDER BY number DESC LIMIT 1").fetchall()
 
         self._database.scan(work, anew=True)
@@ -278,19 +259,22 @@ class VisitorStore:
     def _keeps(self, key: str) -> bool:
         return not self._field_keys or key in self._field_keys
 
+    def _read(self, value: str, by: str, form: Callable[[dict[str, Any]], T]) -> T:
+        read = self._database.read if by == "token" else self._database.scan  # without an index
+        return read(lambda connection: form(_one(connection, by, value)))
+
     def _save(
         self,
         connection: apsw.Connection,
-        statement: str,
         visitor: dict[str, Any],
         fields: Iterable[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Write a visitor with some custom fields; return it.
+        """Write a visitor, a new one or not, with some custom fields; return the answer.
 
         Raise `OverLimit`.
         """
         held = visitor["fields"]
-        before = to_json(held) if visitor["number"] else ""
+        before = len(to_json(held).encode())
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
@@ -298,26 +282,22 @@ class VisitorStore:
             raise OverLimit(f"{MAX_CUSTOM_FIELDS} items")
         visitor["updated"] = max(self._clock(), visitor["updated"])
         row = as_row(visitor)
-        size = len(row["fields"].encode())
-        if size > MAX_CUSTOM_FIELDS_BYTES and size > len(before.encode()):
+        if len(row["fields"].encode()) > max(before, MAX_CUSTOM_FIELDS_BYTES):
             raise OverLimit(f"{MAX_CUSTOM_FIELDS_BYTES} bytes")
-        connection.execute(statement, row)
+        connection.execute(UPDATE if visitor["number"] else INSERT, row)
         return as_wire(visitor)
 
-    def _meet(
+    def _existing(
         self, connection: apsw.Connection, token: str, given: Mapping[str, str]
     ) -> dict[str, Any] | None:
-        """Return whom a registration meets (contract, 2.3), with the token to be kept."""
+        """Return whom a registration updates (contract, 2.3), with the token to be kept."""
+        wanted = {**given, "token": token}
         for column in self._match:
-            value = token if column == "token" else given.get(column)
-            if value is None:
-                continue
-            try:
-                visitor = _one(connection, column, value)
-            except VisitorNotFound:
-                continue
-            # Who is met by phone keeps the old token; who is met by email gets the new one.
-            return visitor | {"token": token} if column == "email" else visitor
+            if column in wanted:
+                with suppress(VisitorNotFound):
+                    visitor = _one(connection, column, wanted[column])
+                    # Who is met by phone keeps the old token; who is met by email gets the new one.
+                    return visitor if column == "phone" else visitor | {"token": token}
         return None
 
 
@@ -328,14 +308,3 @@ def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str
     if row is None:
         raise VisitorNotFound
     return as_visitor(row)
-
-
-def _next_guest(connection: apsw.Connection) -> int:
-    number: int = connection.execute("UPDATE guest SET last = last + 1 RETURNING last").get
-    return number
-
-
-def _found(visitor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a search answers of a visitor."""
-    wire = as_wire(visitor)
-    return {key: wire[key] for key in FOUND if key in wire}

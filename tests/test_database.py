@@ -15,7 +15,7 @@ import pytest
 
 import storage
 from storage import database as module
-from storage.migrations import newest
+from storage.migrations import newest_version
 from tests.database import refused
 from tests.locks import LOCKS, held
 from tests.server import ROOT, wait_until
@@ -86,7 +86,7 @@ def test_every_connection_has_the_settings_that_make_an_answer_durable(database)
 
 
 def test_the_file_says_whose_it_is_and_its_tables_are_strict(database):
-    assert database.read(lambda connection: connection.pragma("user_version")) == newest()
+    assert database.read(lambda connection: connection.pragma("user_version")) == newest_version()
     assert database.read(lambda connection: connection.pragma("application_id")) == 0x4C435631
     tables = database.read(
         lambda connection: connection.execute(
@@ -163,7 +163,7 @@ def test_another_applications_database_is_refused_and_left_alone(path, statement
 
 
 def test_a_database_of_a_newer_version_is_refused(database, path):
-    database.write(lambda connection: connection.pragma("user_version", newest() + 1))
+    database.write(lambda connection: connection.pragma("user_version", newest_version() + 1))
     database.close()
     assert refused(path) == f"{path}: written by a newer version of this service"
 
@@ -223,19 +223,6 @@ def test_a_folder_that_is_a_mount_point_is_taken(mounted, tmp_path):
     assert mounted(outside, inside, inside / "livechat.db") == ""
     assert storage.prepare(str(outside / "livechat.db")) == (False, 0)
     assert os.listdir(inside) == []
-
-
-@pytest.mark.parametrize("version", ["3.40.1", "3.51.2", "3.52.0"])
-def test_an_sqlite_that_can_damage_a_database_is_refused(path, version, monkeypatch):
-    monkeypatch.setattr(module.apsw, "sqlite_lib_version", lambda: version)
-    assert refused(path) == f"SQLite {version} can damage a database; install a newer apsw"
-    assert not os.path.exists(path)
-
-
-@pytest.mark.parametrize("version", ["3.51.3", "3.52.1", "3.53.0", "4.0.0"])
-def test_a_sound_sqlite_is_taken(path, version, monkeypatch):
-    monkeypatch.setattr(module.apsw, "sqlite_lib_version", lambda: version)
-    assert storage.prepare(path) == (True, 0)
 
 
 def test_a_database_that_vanished_is_never_made_anew_empty(database, path):
@@ -556,6 +543,26 @@ def test_one_that_reads_in_another_process_keeps_the_wal_only_until_it_ends(data
         assert not is_emptied(database, path)  # the reader needs it
         let_go()
         wait_until(lambda: is_emptied(database, path), "the WAL is emptied")
+
+
+def test_a_database_that_vacuums_by_itself_stays_whole(path, run):
+    """It has pages that look like a table's and hold numbers, which nobody may zero."""
+    storage.prepare(path)
+    with closing(apsw.Connection(path)) as shell:
+        shell.execute("PRAGMA auto_vacuum = INCREMENTAL; VACUUM")
+    many = (
+        "WITH RECURSIVE n(v) AS (SELECT 1 UNION ALL SELECT v + 1 FROM n LIMIT 5000)"
+        " INSERT INTO visitor (token, id, username, name, ts, updated, search, fields)"
+        " SELECT v, v, v, replace(hex(zeroblob(450)), '0', 'N'), 0, 0, '', '{}' FROM n;"
+        " DELETE FROM visitor WHERE number BETWEEN 3000 AND 4500"
+    )
+    with closing(storage.Database(path)) as database:
+        database.write(lambda connection: connection.execute(many).get, erases=True)
+    assert run("backup", "copy.db", "--db", path)[0] == 0
+    for file in (path, "copy.db"):
+        with closing(apsw.Connection(file)) as shell:
+            assert shell.pragma("auto_vacuum") > 0
+            assert shell.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_work_that_raises_changes_nothing_and_the_next_one_goes_well(database):

@@ -15,7 +15,7 @@ import pytest
 
 import operate.files
 from operate import export
-from storage.migrations import newest
+from storage.migrations import newest_version
 from tests.database import files_of_a_database, rows
 from tests.operating import FIELD, JOHN, LATER, VISITORS, files, finish, mode, spawn
 from tests.server import ROOT
@@ -26,7 +26,7 @@ def test_export_writes_a_header_and_each_visitor_as_the_api_answers_it(run, fill
     assert run("export", "-o", "out.jsonl") == (0, "exported 3 visitors to out.jsonl\n", "")
     assert files(tmp_path) == [*files_of_a_database(tmp_path), "out.jsonl"]
     header, *visitors = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
-    assert header == {"livechat-visitors": 1, "schema": newest(), "guest": 3, "visitors": 3}
+    assert header == {"livechat-visitors": 1, "schema": newest_version(), "guest": 3, "visitors": 3}
     assert visitors == [{"number": n, **answer} for n, answer in enumerate(answers, 1)]
     assert mode("out.jsonl") == 0o600
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.migrations import newest
+from storage.migrations import newest_version
 from tests.locks import held
 from tests.server import PATH, ROOT, Server, wait_until
 from tests.slow import WHOLE, longest, wait_of_others
@@ -460,7 +460,7 @@ def folder(path):
 
 def newer(path):
     empty_of_ours(path)
-    sql(path, f"PRAGMA user_version = {newest() + 1}")
+    sql(path, f"PRAGMA user_version = {newest_version() + 1}")
 
 
 def cut(path):

@@ -672,7 +672,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.find(token)
         else:
             assert self.store.find(token) == self.wire(visitor)
-            assert self.store.find_by_id(visitor["_id"]) == self.wire(visitor)
+            assert self.store.find(visitor["_id"], "id") == self.wire(visitor)
 
     @rule(token=TOKENS)
     def erase(self, token):
@@ -684,7 +684,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.erase(token) == {"_id": visitor["_id"], "ts": date(self.now)}
             self.visitors.remove(visitor)
             with pytest.raises(storage.VisitorNotFound):
-                self.store.find_by_id(visitor["_id"])
+                self.store.find(visitor["_id"], "id")
 
     @rule(term=TERMS, sort=SORT, offset=st.integers(0, 4), count=st.integers(1, 4))
     def search(self, term, sort, offset, count):

@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 import storage
-from storage.migrations import newest
+from storage.migrations import newest_version
 from tests.database import look, rows
 from tests.operating import FIELD, JOHN, LATER, VISITORS, files, finish, mode, spawn
 from tests.server import ROOT
@@ -239,7 +239,7 @@ def test_an_import_takes_turns_with_the_service(path, server, tmp_path):
 def test_many_visitors_go_out_and_in_again_in_flat_memory(path, run, tmp_path, often):
     visitors = often(3000, 1_000_000)
     with (tmp_path / "1.jsonl").open("wb") as file:
-        head = {"livechat-visitors": 1, "schema": newest()}
+        head = {"livechat-visitors": 1, "schema": newest_version()}
         head |= {"guest": visitors + 1, "visitors": visitors}
         file.write(json.dumps(head, separators=(",", ":")).encode() + b"\n")
         for n in range(1, visitors + 1):

@@ -23,7 +23,7 @@ ADDED = (
     "CREATE INDEX visitor_country ON visitor (country)",
     "ALTER TABLE visitor ADD COLUMN visits INTEGER NOT NULL DEFAULT 0",
 )
-NOW = migrations.newest()
+NOW = migrations.newest_version()
 FAILING = "CREATE TABLE visit (number); ALTER TABLE visitor ADD COLUMN token TEXT"
 
 
@@ -107,7 +107,7 @@ def test_visitors_of_the_first_version_are_found_as_those_of_today(path, make_se
     terms = ("372 6578 3468", "zoe\u0308", "GUEST-2")
     before = [store.search(term, {}, 0, 10)[1] for term in terms]
     for visitor in store.search("", {}, 0, 100)[0]:
-        token = store.find_by_id(visitor["_id"])["token"]
+        token = store.find(visitor["_id"], "id")["token"]
         store.register(token, {})  # which writes what is searched anew
     assert before == [store.search(term, {}, 0, 10)[1] for term in terms]
     assert 0 not in before
