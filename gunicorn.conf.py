@@ -6,9 +6,7 @@ import os
 import signal
 import socket
 import sys
-from http import HTTPStatus
 from pathlib import Path
-from types import MethodType
 
 from gunicorn import systemd, util
 from gunicorn.http.errors import ParseException
@@ -43,33 +41,36 @@ def _get_app():
     return app.open_app(_settings)
 
 
-_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-
-
-def _reset_stops():
-    for stop in _STOPS:
-        signal.signal(stop, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-
-
-# A new worker has the master's handlers until it sets its own, and a signal meanwhile would be
-# lost: the stop would wait for it until `graceful_timeout`.
-os.register_at_fork(
-    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS),
-    after_in_child=_reset_stops,
-)
-
-
 def on_starting(server):
     """Prepare the database once, before the fork; nothing of it stays open."""
     if server.cfg.is_ssl and issubclass(server.worker_class, Worker):
         sys.exit("TLS is for a proxy in front, or for another class of worker: -k gthread")
     if server.cfg.reload:
         sys.exit("--reload would not load the code again, as it is loaded before the fork: restart")
-    _try_to_bind(server)
+    if "GUNICORN_FD" not in os.environ and not systemd.listen_fds(unset_environment=False):
+        for address in server.cfg.address:  # else the sockets are inherited
+            if isinstance(address, tuple):  # neither a path nor a descriptor
+                _try_to_bind(*address)
     app.prepare(_settings)
     Worker.identity = storage.identity(_settings.database)
+    # Master and worker share their memory, which the garbage collector would write to.
+    gc.collect()
+    gc.freeze()
+
+
+def _try_to_bind(host, port):
+    """Exit with one line where an address is taken, instead of gunicorn's 5 tries."""
+    try:
+        family, kind, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trying:
+            trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trying.bind(name)
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        reason = getattr(error, "strerror", None) or "not a host's name"
+        sys.exit(
+            f"{host}:{port}: cannot listen there: {reason};"
+            " PORT and LIVECHAT_HOST name another address"
+        )
 
 
 def when_ready(server):
@@ -80,26 +81,6 @@ def when_ready(server):
         server.log.info("answers at %s%s", url, page)
 
 
-def _try_to_bind(server):
-    """Exit with one line where an address is taken, instead of gunicorn's 5 tries."""
-    if "GUNICORN_FD" in os.environ or systemd.listen_fds(unset_environment=False):
-        return  # the sockets are inherited
-    for address in server.cfg.address:
-        if not isinstance(address, tuple):
-            continue  # a path, where gunicorn replaces what is there, or a descriptor
-        try:
-            family, kind, _, _, name = socket.getaddrinfo(*address[:2], type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as trying:
-                trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trying.bind(name)
-        except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
-            reason = getattr(error, "strerror", None) or "not a host's name"
-            sys.exit(
-                f"{address[0]}:{address[1]}: cannot listen there: {reason};"
-                " PORT and LIVECHAT_HOST name another address"
-            )
-
-
 def nworkers_changed(server, new_value, old_value):
     """Keep one worker, after `--workers` and TTIN too."""
     if new_value > 1:
@@ -108,24 +89,22 @@ def nworkers_changed(server, new_value, old_value):
         server.num_workers = 1
 
 
-def pre_fork(server, worker):
-    """Let master and worker share their memory, which the garbage collector would write to."""
-    gc.collect()
-    gc.freeze()
-
-
 def post_fork(server, worker):
-    """Let a worker end with its master, which else it notices only after a second.
+    """Let a worker end with its master, which it would notice only a moment later.
 
+    Let a stop end one that boots: it still has the master's handlers, which would lose the signal.
     Let one of another class log what it refuses without quoting the client.
     """
-    if not isinstance(worker, Worker):
-        worker.handle_error = MethodType(_refuse, worker)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: prctl(2)
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(stop, signal.SIG_DFL)
 
+    def refuse(request, client, address, error):
+        bad = isinstance(error, ParseException)
+        status, phrase = (400, "Bad Request") if bad else (500, "Internal Server Error")
+        worker.log.warning("Refused with %d: %s", status, type(error).__name__)
+        util.write_error(client, status, phrase, "")
 
-def _refuse(worker, request, client, address, error):
-    status = 400 if isinstance(error, ParseException) else 500
-    worker.log.warning("Refused with %d: %s", status, type(error).__name__)
-    util.write_error(client, status, HTTPStatus(status).phrase, "")
+    if not isinstance(worker, Worker):
+        worker.handle_error = refuse

@@ -1,4 +1,4 @@
-"""gunicorn's worker: uvicorn's connections with limits, and a greenlet for each request of the app.
+"""gunicorn's worker: connections of HTTP with limits, and a greenlet for each request of the app.
 
 A complete request runs at once, in the thread of the event loop. While it waits, for a commit or
 for a long read, its greenlet gives the thread back to the loop. The writes that wait at the same
@@ -13,24 +13,22 @@ import io
 import logging
 import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from email.utils import formatdate
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
 import falcon
-import uvicorn
 from greenlet import getcurrent, greenlet
+from gunicorn.workers import base
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn_worker import UvicornWorker
 
 import app
 import storage
@@ -50,7 +48,7 @@ from storage.database import BEGIN_RETRY
 REQUEST_TIME = 10  # seconds until a request that is not complete gets a 408
 ANSWER_TIME = 10  # seconds that a client has to read its answer
 STOP_TIME = 1  # seconds in which an open connection may send one more request at a stop
-LINGER_TIME = 2  # seconds for which a client may go on sending after its last answer: RFC 9112, 9.6
+LINGER_TIME = 2  # seconds for which a client may go on sending after its last answer
 MAX_LINGER = 2**23  # bytes that it may send meanwhile
 CHECK_INTERVAL = 0.2  # seconds between two checks of the deadlines of all connections
 MAX_URL_OR_FIELD = 8_190  # bytes of a URL, and of a header field
@@ -63,44 +61,36 @@ MAX_ACCEPTED = 20  # connections that are accepted in one turn of the loop
 SPARE_FILES = 150  # descriptors for our own files and for connections that are just accepted
 SLOW_COMMIT = 0.05  # seconds; after a slower one, commits are made in a thread
 QUICK_COMMITS = 100  # in a row, after which commits are made on the loop again
+MAX_SPARE = 128  # greenlets that are kept for later requests
 MAX_TURNS = 3  # turns of the loop for which a group waits for more writes
 
 
 class RequestGreenlet(greenlet):
     """The greenlet in which the app answers a request."""
 
-    waits_for: asyncio.Future[Any] | None = None  # is cancelled if the client disconnects
+    scan: asyncio.Future[Any] | None = None  # is cancelled if the client disconnects
 
 
-def pause() -> Any:
-    """Give the thread back to the loop; return what this greenlet is resumed with."""
-    loop: Any = getcurrent().parent
-    return loop.switch()
+spare: list[RequestGreenlet] = []  # that wait for a request: a new one costs 10 microseconds more
+
+
+def run_requests(answer: Callable[[], None]) -> None:
+    """Run one request after another, in a greenlet."""
+    while True:
+        answer()
+        del answer  # or the connection would stay in memory
+        if len(spare) == MAX_SPARE:
+            return
+        request: Any = getcurrent()
+        spare.append(request)
+        answer = request.parent.switch()
 
 
 def wait_for(awaitable: Awaitable[Any]) -> Any:
     """Return the result of an awaitable, from within a greenlet; the loop goes on meanwhile."""
     request: Any = getcurrent()
-
-    def resume(done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
-            request.throw()  # GreenletExit, which ends it
-        elif error := done.exception():
-            request.throw(error)
-        else:
-            request.switch(done.result())
-
-    request.waits_for = asyncio.ensure_future(awaitable)
-    request.waits_for.add_done_callback(resume)
-    try:
-        return pause()
-    finally:
-        request.waits_for = None  # or the result, such as a page of a search, stays in memory
-
-
-def sleep(seconds: float) -> None:
-    """Return after so many seconds; the loop goes on meanwhile."""
-    wait_for(asyncio.sleep(seconds))
+    asyncio.ensure_future(awaitable).add_done_callback(request.switch)
+    return request.parent.switch().result()
 
 
 class Turns(storage.Waiting):
@@ -108,7 +98,7 @@ class Turns(storage.Waiting):
 
     def __init__(self) -> None:
         super().__init__()
-        self._writes: list[tuple[storage.PendingWrite[Any], Any]] = []  # with their greenlets
+        self._writes: dict[storage.PendingWrite[Any], Any] = {}  # with their greenlets
         self._writing: asyncio.Task[None] | None = None
         # How many quick commits it takes until they are made on the loop. The first ones are not,
         # so that a slow disk is never felt.
@@ -118,52 +108,52 @@ class Turns(storage.Waiting):
 
     def commit(self, database: storage.Database, write: storage.PendingWrite[Any]) -> None:
         """Return when `write` is on the disk, or has an error."""
-        self._writes.append((write, getcurrent()))
+        request: Any = getcurrent()
+        self._writes[write] = request
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write(database))
-        pause()
+        request.parent.switch()  # which returns when `_write` is done with it
 
-    def in_thread(self, call: Callable[[], Any]) -> Any:
-        """Return the result of a call that takes long."""
-        return wait_for(asyncio.get_running_loop().run_in_executor(self._scans, call))
+    def in_thread(self, call: Callable[[], Any], scans: bool = False) -> Any:
+        """Return the result of a call that takes long; one that `scans` ends with its client."""
+        future = asyncio.get_running_loop().run_in_executor(self._scans, call)
+        request: Any = getcurrent()
+        request.scan = future if scans else None
+        try:
+            return wait_for(future)
+        finally:
+            request.scan = None  # or its result, such as a page, stays in memory
 
     async def _write(self, database: storage.Database) -> None:
         """Commit what waits, group by group, as long as anything does."""
+        loop = asyncio.get_running_loop()
         while self._writes:
             for _ in range(MAX_TURNS):  # a request takes a turn of the loop to come here
                 seen = len(self._writes)
                 await asyncio.sleep(0)
                 if len(self._writes) == seen:
                     break
-            group = database.run_group([write for write, _ in self._writes])
+            group = database.run_group(list(self._writes))
             if not group:
                 await asyncio.sleep(BEGIN_RETRY)
                 continue
-            await self._commit(partial(database.commit_group, group))
-            # It was made of the first ones, which have the earliest deadlines.
-            settled, self._writes = self._writes[: len(group)], self._writes[len(group) :]
-            for _, request in settled:
-                request.switch()
+            # On the loop while that is quick, else in a thread.
+            start = time.monotonic()
+            if self._quick_missing:
+                await loop.run_in_executor(self._disk, database.commit_group, group)
+            else:
+                database.commit_group(group)
+            slow = time.monotonic() - start > SLOW_COMMIT
+            self._quick_missing = QUICK_COMMITS if slow else max(0, self._quick_missing - 1)
+            for write in group:
+                self._writes.pop(write).switch()
             if database.checkpoint_due:
-                await asyncio.get_running_loop().run_in_executor(self._disk, database.checkpoint)
+                await loop.run_in_executor(self._disk, database.checkpoint)
         self._writing = None
 
-    async def _commit(self, commit: Callable[[], None]) -> None:
-        """Commit: on the loop while that is quick, else in a thread."""
 
-        def timed() -> float:
-            start = time.monotonic()
-            commit()
-            return time.monotonic() - start
-
-        loop = asyncio.get_running_loop()
-        took = await loop.run_in_executor(self._disk, timed) if self._quick_missing else timed()
-        self._quick_missing = (
-            max(0, self._quick_missing - 1) if took <= SLOW_COMMIT else QUICK_COMMITS
-        )
-
-
-FRAMING = (b"content-length", b"transfer-encoding")  # the app gets CONTENT_LENGTH instead
+ONCE = ("host", "content-type", "transfer-encoding", "expect")  # a request has one at most
+FRAMING = ("content-length", "transfer-encoding")  # the app gets CONTENT_LENGTH instead
 REFUSAL_HEADERS = (
     ("Content-Type", "application/json"),
     ("Cache-Control", "no-store"),
@@ -177,120 +167,136 @@ ENVIRON = {
     "wsgi.multiprocess": False,
     "wsgi.run_once": False,
     "SCRIPT_NAME": "",
-    "livechat.sleep": sleep,  # for resources/standin.py
+    "SERVER_NAME": "localhost",  # for a request without Host, which has no use for it
+    "SERVER_PORT": "80",
+    "livechat.sleep": lambda seconds: wait_for(asyncio.sleep(seconds)),  # for resources/standin.py
 }
 
 
-# What a connection is doing. "upgraded" is the moment after a head that asked for another protocol,
-# which it does not get; "closing" waits for a client that is still sending.
-Phase = Literal["idle", "head", "upgraded", "body", "complete", "running", "sending", "closing"]
+@lru_cache(128)
+def environ_key(name: str) -> str:
+    """Return how the app knows a header field (PEP 3333)."""
+    key = name.upper().replace("-", "_")
+    return key if key == "CONTENT_TYPE" else f"HTTP_{key}"
 
 
-class Connection(HttpToolsProtocol):
-    """A client's connection: one request at a time, and limits for its size and its time."""
+class Connection(asyncio.Protocol):
+    """A client's connection: one request at a time, and limits for its size and its time.
 
-    # The same for all connections; set by `Worker`.
-    log_access: Callable[..., None] | None = None
-    idle_time = 75.0  # seconds until the next request of a connection
-    max_connections = 500
-    stopping = False  # whether this process is about to end
+    It is idle until a request begins, then comes the head, then the body. The app runs when all of
+    it is there. The answer is being sent until the client has taken it. Lingering is the wait for a
+    client that sends more than is read to take the last answer: RFC 9112, 9.6.
+    """
 
-    def connection_made(  # type: ignore[override] # as uvicorn's own, it is never for datagrams
-        self, transport: asyncio.Transport
-    ) -> None:
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
+    phase: Literal["idle", "head", "body", "running", "sending", "lingering"]
+    next: Literal["idle", "lingering", "closed"]  # what follows the answer
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.loop = asyncio.get_running_loop()
+        self.parser = HttpRequestParser(self)
         self.request: RequestGreenlet | None = None
-        self.last_request = self.loop.time()  # when it was complete; at first, of the connection
-        self.discards = False  # whether what still comes is thrown away
-        self.eof = False  # whether the client has ended its sending side
-        self.keep_alive = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport: asyncio.Transport = transport
+        transport.set_write_buffer_limits(high=0)  # so that `resume_writing` tells of each answer
+        peer = transport.get_extra_info("peername")
+        self.client = peer[0] if isinstance(peer, tuple) else ""  # of a Unix socket
         self.await_request(REQUEST_TIME)
-        if self.stopping:
-            self.shutdown()
-        everyone: Any = self.connections
-        if len(everyone) > self.max_connections:
+        everyone = self.worker.connections
+        everyone.add(self)
+        if len(everyone) > self.worker.max_connections:
             # This one is the newest, and so the last to be closed.
             others = (one for one in everyone if one.phase != "running")
-            longest = min(others, key=lambda one: one.last_request)
+            longest = min(others, key=lambda one: one.idle_since)
             everyone.discard(longest)  # at once; asyncio takes a turn of the loop to close it
             longest.transport.abort()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.worker.connections.discard(self)
+        del self.parser  # which refers to this
+        if self.request is not None and self.request.scan is not None:
+            self.request.scan.cancel()
 
     def await_request(self, seconds: float) -> None:
         """Wait for the next request for so many seconds."""
         self.enter("idle", seconds)
+        self.idle_since = self.loop.time()
+        self.next = "lingering"  # until all of the request has come
         self.size = 0  # bytes of the head so far; behind it, of the rest of the request
-        self.body: bytearray | None = bytearray()  # None where it is too large
+        self.body = bytearray()
 
-    def enter(self, phase: Phase, seconds: float = float("inf")) -> None:
+    def enter(self, phase: Any, seconds: float) -> None:
         """Begin a phase, which may take so many seconds."""
         self.phase = phase
         self.deadline = self.loop.time() + seconds  # by the loop's clock
 
     def check(self, now: float) -> None:
         """End a phase that has taken too long; `now` is a time of the loop's clock."""
-        if now < self.deadline:
+        if self.phase == "idle" and not self.worker.alive:
+            self.deadline = min(self.deadline, now + STOP_TIME)
+        if now < self.deadline or self.phase == "running":
             return
         if self.phase in ("head", "body"):
             self.refuse(refusal("error-request-timeout"))
         else:
             self.transport.abort()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self.request is not None and self.request.waits_for is not None:
-            self.request.waits_for.cancel()
-
     def data_received(self, data: bytes) -> None:
-        if self.phase == "closing":
+        if self.phase == "running":
+            self.next = "lingering"
+        elif self.phase == "sending":
+            self.linger()
+        elif self.phase == "lingering":
             self.size += len(data)
             if self.size > MAX_LINGER:
                 self.transport.abort()
-            return
-        if self.phase in ("running", "sending"):
-            self.read_no_more()
-            return
+        else:
+            self.receive(data)
+
+    def receive(self, data: bytes) -> None:
+        """Parse what comes of a request, and run it if that is all of it."""
+        start = 0
         try:
-            for start in range(0, len(data), PARSE_BYTES):
-                self.parse(data[start : start + PARSE_BYTES])
-                if self.discards:
-                    break
+            while start < len(data) and self.phase != "running":
+                room = PARSE_BYTES if self.phase == "body" else MAX_HEAD - self.size
+                end = start + min(PARSE_BYTES, room)
+                self.parse(data[start:end])
+                start = end
         except Refusal as refused:
             self.refuse(refused)
             return
-        if self.phase == "complete":
-            self.last_request = self.loop.time()
-            self.enter("running")
-            self.request = RequestGreenlet(self.answer)
-            self.request.switch()
+        if self.phase == "running":
+            if start < len(data):
+                self.next = "lingering"
+            self.request = spare.pop() if spare else RequestGreenlet(run_requests)
+            self.request.switch(self.answer)
 
     def parse(self, piece: bytes) -> None:
         """Parse a piece; raise `Refusal` for what is not HTTP or beyond a limit."""
         self.size += len(piece)
         try:
-            try:
-                self.parser.feed_data(piece)
-            except HttpParserUpgrade as upgrade:
-                # This parser would skip the body, so another one reads it.
-                self.parser = HttpRequestParser(self)
-                self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.framing + b"\r\n\r\n")
-                self.parser.feed_data(piece[upgrade.args[0] :])
+            self.parser.feed_data(piece)
+        except HttpParserUpgrade as upgrade:
+            # This parser would skip the body, so another one reads it.
+            fields = [f"{name}: {value}\r\n" for name, value in self.headers if name in FRAMING]
+            head = "".join(["POST / HTTP/1.1\r\nConnection: close\r\n", *fields, "\r\n"])
+            self.parser = HttpRequestParser(
+                SimpleNamespace(on_body=self.on_body, on_message_complete=self.on_message_complete)
+            )
+            self.parse(head.encode("latin-1") + piece[upgrade.args[0] :])
         except HttpParserError as error:
-            reason = error.__context__  # what a callback raised
-            try:
-                if self.phase == "complete":  # more than one request
-                    self.read_no_more()
-                elif isinstance(reason, Refusal):
-                    raise reason from None
-                elif self.phase == "body":
-                    raise refusal("error-incomplete-body") from None
-                else:
-                    raise invalid_request("not HTTP", error) from None
-            finally:
-                del reason  # or a reference cycle would keep the piece in memory
+            if isinstance(error.__context__, Refusal):  # what a callback raised
+                raise error.__context__ from None
+            if self.phase == "running":
+                self.next = "lingering"  # as there is more behind the request
+            elif self.phase == "body":
+                raise refusal("error-incomplete-body") from None
+            else:
+                raise invalid_request("not HTTP", error) from None
         if self.phase == "idle" and self.size > MAX_EMPTY_BYTES:
             raise invalid_request("empty lines")
-        if self.phase == "head" and self.size > MAX_HEAD:
+        if self.phase == "head" and self.size == MAX_HEAD:
             raise invalid_request("large head", MAX_HEAD)
         if self.phase == "body" and self.size > MAX_CHUNKED:
             self.drop_body()
@@ -298,18 +304,16 @@ class Connection(HttpToolsProtocol):
     # The parser's callbacks. What they raise becomes the context of the parser's own error.
 
     def on_message_begin(self) -> None:
-        if self.phase == "complete":
-            raise invalid_request("unknown")  # the first one is answered
-        if self.phase == "idle":
-            self.enter("head", REQUEST_TIME)
-            self.url = b""
-            self.headers = []
+        if self.phase == "running":
+            raise ValueError("a request before the answer to the one before")
+        self.enter("head", REQUEST_TIME)
+        self.url = b""
+        self.headers: list[tuple[str, str]] = []
 
     def on_url(self, url: bytes) -> None:
-        if self.phase == "head":
-            self.url += url
-            if len(self.url) > MAX_URL_OR_FIELD:
-                raise invalid_request("long URL", MAX_URL_OR_FIELD)
+        self.url += url
+        if len(self.url) > MAX_URL_OR_FIELD:
+            raise invalid_request("long URL", MAX_URL_OR_FIELD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.phase != "head":  # a trailer
@@ -318,47 +322,36 @@ class Connection(HttpToolsProtocol):
             raise invalid_request("large field", MAX_URL_OR_FIELD)
         if len(self.headers) == MAX_HEADER_FIELDS:
             raise invalid_request("many fields", MAX_HEADER_FIELDS)
-        self.headers.append((name.lower(), value))
+        self.headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
 
     def on_headers_complete(self) -> None:
-        if self.phase == "upgraded":  # by the second parser
-            self.phase = "body"
-            return
-        if self.size > MAX_HEAD:  # though a part of that may be the body
-            head = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if head > MAX_HEAD:
-                raise invalid_request("large head", MAX_HEAD)
-        self.version, self.method = self.parser.get_http_version(), self.parser.get_method()
+        self.phase, self.size = "body", 0
+        self.version = self.parser.get_http_version()
+        self.method = self.parser.get_method().decode()
         fields = dict(self.headers)
         self.check_fields(fields)
-        upgraded = self.parser.should_upgrade()
-        self.phase, self.size = ("upgraded" if upgraded else "body"), 0
-        self.keep_alive = not upgraded and self.version != "1.0"
         # The parser has checked that it is a number, and that there is no Transfer-Encoding too.
-        length = fields.get(b"content-length", b"0")
-        chunked = b"transfer-encoding" in fields
-        self.framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: " + length
-        if int(length) > MAX_BODY:
+        if int(fields.get("content-length", 0)) > MAX_BODY:
             self.drop_body()
-        elif b"expect" in fields and self.version == "1.1":
+        elif "expect" in fields and self.version == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def check_fields(self, fields: dict[bytes, bytes]) -> None:
+    def check_fields(self, fields: dict[str, str]) -> None:
         """Raise `Refusal` for header fields that are wrong though the parser accepts them."""
         if len(fields) < len(self.headers):
             names = [name for name, _ in self.headers]
-            for name in (b"host", b"content-type", b"transfer-encoding", b"expect"):
+            for name in ONCE:
                 if names.count(name) > 1:
-                    raise invalid_request("twice", name.decode().title())
+                    raise invalid_request("twice", name.title())
         if self.version not in ("1.0", "1.1"):
             raise invalid_request("version")
-        if b"host" not in fields and self.version == "1.1":
+        if "host" not in fields and self.version == "1.1":
             raise invalid_request("no host")
-        if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+        if fields.get("transfer-encoding", "chunked").lower() != "chunked":
             raise invalid_request("coding")
-        if b"transfer-encoding" in fields and self.version == "1.0":
+        if "transfer-encoding" in fields and self.version == "1.0":
             raise invalid_request("coding in 1.0")
-        if fields.get(b"expect", b"100-continue").strip().lower() != b"100-continue":
+        if fields.get("expect", "100-continue").strip().lower() != "100-continue":
             raise invalid_request("expect")
         try:
             self.parts = parse_url(self.url)
@@ -366,242 +359,190 @@ class Connection(HttpToolsProtocol):
             raise invalid_request("URL") from None
 
     def on_body(self, body: bytes) -> None:
-        if self.body is not None:
+        if self.phase == "body":
             self.body += body
             if len(self.body) > MAX_BODY:
                 self.drop_body()
 
     def on_message_complete(self) -> None:
-        if self.phase != "upgraded":  # else the second parser says when
-            self.phase = "complete"
-        self.keep_alive &= self.parser.should_keep_alive()  # a trailer can change it
+        # Not where the body is too large, nor at an upgrade, where the other parser says it.
+        if self.phase == "body" and not self.parser.should_upgrade():
+            self.phase = "running"
+            lasts = self.version == "1.1" and self.parser.should_keep_alive()
+            self.next = "idle" if lasts else "closed"
 
     def drop_body(self) -> None:
         """Hand a body that is too large over to the app as that, and throw away the rest of it."""
-        self.body = None
-        self.phase = "complete"
-        self.read_no_more()
+        self.body = bytearray(MAX_BODY + 1)
+        self.phase = "running"
 
-    def read_no_more(self) -> None:
-        """Throw away what still comes, and close after the answer."""
-        self.discards = True
-        self.keep_alive = False
-
-    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's own returns it too
+    def eof_received(self) -> bool:
         """Return whether the connection stays open, for an answer."""
-        self.eof = True
+        self.next = "closed"
         if self.phase == "body":
             self.refuse(refusal("error-incomplete-body"))
-            return True
-        if self.phase in ("running", "sending"):
-            self.read_no_more()
-            return True
-        return False
+        return self.phase == "running"  # else asyncio closes it, when all is sent
 
     def answer(self) -> None:
         """Run the app, in a greenlet, and send its answer."""
         start = time.monotonic()
+        wsgi: Any = self.worker.wsgi
         begun: list[Any] = []
-        wsgi: Any = self.app
         try:
             environ = self.environ()
-            parts = wsgi(environ, lambda *head: begun.extend(head))
-            body = b"".join(parts)
-            if hasattr(parts, "close"):
-                parts.close()
-            status, headers = begun[:2]
-            if self.transport.is_closing():
-                return
+            body = b"".join(wsgi(environ, lambda *head: begun.extend(head)))
+            status, headers = begun
             self.send(status, headers, body)
-            self.server_state.total_requests += 1
-            if self.log_access is not None:
+            self.worker.nr += 1
+            if self.worker.log.access_log_enabled:
                 took = timedelta(seconds=time.monotonic() - start)
-                said = SimpleNamespace(status=status, sent=len(body), headers=headers)
-                asked = [
-                    (name.decode("latin-1"), value.decode("latin-1"))
-                    for name, value in self.headers
-                ]
-                self.log_access(said, SimpleNamespace(headers=asked), environ, took)
+                said: Any = SimpleNamespace(status=status, sent=len(body), headers=headers)
+                asked: Any = self  # which has the `headers` of a request
+                self.worker.log.access(said, asked, environ, took)
+        except asyncio.CancelledError:
+            pass  # a long read, as the client has gone
         except Exception as error:  # else it would be raised wherever the greenlet is resumed
             log_unforeseen(error)
             self.transport.abort()
+        self.request = None
 
     def environ(self) -> dict[str, Any]:
         """Return the environment of the request for the app (PEP 3333)."""
         path = self.parts.path or b"/"  # RFC 9112, 3.2.1
-        body = b"" if self.body is None else self.body
         environ = ENVIRON | {
-            "REQUEST_METHOD": self.method.decode(),
+            "REQUEST_METHOD": self.method,
             "PATH_INFO": (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1"),
             "QUERY_STRING": (self.parts.query or b"").decode("latin-1"),
             "RAW_URI": self.url.decode("latin-1"),
             "SERVER_PROTOCOL": f"HTTP/{self.version}",
-            "SERVER_NAME": self.server[0] if self.server else "",
-            "SERVER_PORT": str(self.server[1]) if self.server else "",
-            "REMOTE_ADDR": self.client[0] if self.client else "",
-            "CONTENT_LENGTH": str(MAX_BODY + 1 if self.body is None else len(body)),
-            "wsgi.input": io.BytesIO(body),
+            "REMOTE_ADDR": self.client,
+            "CONTENT_LENGTH": str(len(self.body)),
+            "wsgi.input": io.BytesIO(self.body),
             "livechat.drop": self.transport.abort,
         }
         for name, value in self.headers:
-            if name in FRAMING or b"_" in name:  # X_Forwarded_For would count as X-Forwarded-For
+            if name in FRAMING or "_" in name:  # X_Forwarded_For would count as X-Forwarded-For
                 continue
-            key = name.decode("latin-1").upper().replace("-", "_")
-            if key != "CONTENT_TYPE":
-                key = f"HTTP_{key}"
-            text = value.decode("latin-1").strip(" \t")
+            key = environ_key(name)
+            text = value.strip(" \t")
             environ[key] = f"{environ[key]},{text}" if key in environ else text
         return environ
 
     def refuse(self, refused: Refusal) -> None:
         """Answer a request that the app never sees, and close."""
         log.warning("Refused with %d: %s", refused.status, refused.body["error"])
-        self.read_no_more()
         body = to_json(refused.body)
         headers = [*REFUSAL_HEADERS, ("Content-Length", str(len(body)))]
         self.send(falcon.code_to_http_status(refused.status), headers, body)
 
     def send(self, status: str, headers: list[tuple[str, str]], body: bytes) -> None:
         """Send an answer at once; then wait for the next request, or close."""
-        self.keep_alive = self.keep_alive and not self.stopping
+        if self.next == "idle" and not self.worker.alive:
+            self.next = "closed"
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)]
-        lines += [] if self.keep_alive else ["Connection: close"]
-        head = "\r\n".join(lines)
-        if head.count("\n") != len(lines) - 1:
-            raise ValueError("a header with a line break")
-        date = b"".join(b"\r\n%s: %s" % field for field in self.server_state.default_headers)
-        self.await_request(self.idle_time)
-        self.transport.write(head.encode("latin-1") + date + b"\r\n\r\n" + body)
-        if self.transport.get_write_buffer_size():
-            self.enter("sending", ANSWER_TIME)
-        elif not self.keep_alive:
-            self.end()
+        lines += [f"Date: {self.worker.date}", "\r\n"]
+        if self.next != "idle":
+            lines.insert(1, "Connection: close")
+        self.enter("sending", ANSWER_TIME)
+        self.transport.write("\r\n".join(lines).encode("latin-1") + body)
+        if self.next == "lingering":
+            self.linger()
+        elif self.next == "closed":
+            self.transport.close()  # when all is sent
+        elif not self.transport.get_write_buffer_size():
+            self.await_request(self.worker.idle_time)
 
-    def end(self) -> None:
+    def linger(self) -> None:
         """Close, but only after a client that is still sending could read its answer."""
-        if self.discards and not self.eof:
-            self.enter("closing", LINGER_TIME)
-            with suppress(OSError):
-                self.transport.write_eof()
-        else:
-            self.transport.close()
+        unsent = self.transport.get_write_buffer_size()
+        self.enter("lingering", ANSWER_TIME if unsent else LINGER_TIME)
+        with suppress(OSError):
+            self.transport.write_eof()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
         if self.phase == "sending":
-            self.enter("idle", self.idle_time)
-            if not self.keep_alive or self.stopping:
-                self.end()
-
-    def shutdown(self) -> None:
-        """Allow one more request before a stop; uvicorn calls this."""
-        if self.phase == "idle":
-            self.deadline = min(self.deadline, self.loop.time() + STOP_TIME)
+            self.await_request(self.worker.idle_time)
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which also checks all deadlines and closes the database at a stop."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker.config)
-        self._worker = worker
-        self._looked_after = 0.0
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Stop at a signal, and start the checks; uvicorn's own would raise the signal again."""
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(report)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        loop.call_soon(self._check_all)
-        yield
-
-    async def startup(self, sockets: list[Any] | None = None) -> None:
-        """Listen, but accept only as many connections in a turn as there are descriptors for."""
-        await super().startup(sockets)
-        for listener in sockets or ():  # asyncio made the backlog `MAX_ACCEPTED`
-            listener.listen(self._worker.cfg.backlog)
-
-    def _check_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_later(CHECK_INTERVAL, self._check_all)
-        now = loop.time()
-        connections: Any = list(self.server_state.connections)
-        for connection in connections:
-            connection.check(now)
-        if now - self._looked_after > 1:
-            self._looked_after = now
-            self._worker.notify()  # or the master would end this process
-            RequestGreenlet(self._look_after_database).switch()
-            if os.getppid() != self._worker.ppid:  # the master has ended
-                self.should_exit = True
-
-    def _look_after_database(self) -> None:
-        try:
-            self._worker.database.look_after()
-        except storage.Unavailable:
-            pass  # a commit is running, or there is a fault that the next request logs
-        except Exception as error:
-            log_unforeseen(error)
-
-    async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        """Finish the running requests; then close the database, which moves the WAL into it."""
-        Connection.stopping = True
-        await super().shutdown(sockets)
-        self._worker.database.close()
-
-
-def report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an error of the loop itself, without data of a client."""
-    error = context.get("exception")
-    if isinstance(error, OSError):  # such as no more files for connections
-        log.error("%s: %s", context["message"], error.strerror)
-    elif isinstance(error, Exception):
-        log_unforeseen(error)
-
-
-class Worker(UvicornWorker):  # type: ignore[misc] # it has no types
+class Worker(base.Worker):
     """The one process that serves the visitors."""
 
-    CONFIG_KWARGS = {  # noqa: RUF012 # uvicorn's
-        "http": Connection,
-        "loop": "asyncio",
-        "lifespan": "off",
-        "ws": "none",
-        "interface": "asgi3",  # uvicorn never calls the app; `Connection` does, as a WSGI app
-        "access_log": False,
-        "proxy_headers": False,
-        "server_header": False,
-    }
     settings: Settings  # both are set by gunicorn.conf.py, before this process is forked
     identity: storage.Identity
+    handle_quit = base.Worker.handle_exit  # after Ctrl-C, too, what runs is finished
 
     def load_wsgi(self) -> None:
         """Open the database, and make the app that serves it."""
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         # No log line shows these, so they need not be looked up: "Optimization" in logging's HOWTO.
         logging.logThreads = logging.logMultiprocessing = False
         logging._srcfile = None  # which the HOWTO names
-        Connection.idle_time = self.cfg.keepalive
-        Connection.log_access = self.log.access if self.cfg.accesslog else None
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         soft = max(soft, min(hard, 2 * self.cfg.worker_connections + SPARE_FILES))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        Connection.max_connections = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
-        path = self.settings.database
-        self.database = storage.Database(path, Turns(), self.identity)
+        self.max_connections = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
+        self.idle_time = self.cfg.keepalive
+        self.connections: set[Connection] = set()
+        self.database = storage.Database(self.settings.database, Turns(), self.identity)
         try:
             self.database.open()
         except storage.Unavailable as fault:
             log_unavailable(fault)  # and serve, as the files may be put back
-        self.wsgi = app.serve(self.database, self.settings)
+        self.wsgi: Any = app.serve(self.database, self.settings)
+        self.date = formatdate(usegmt=True)
+        self.looked_after = self.reported = 0.0  # by the loop's clock
         # A request leaves next to no reference cycles. Searching for them, also in what is there
         # from the start, took a tenth of the CPU and made the slowest answers half as slow again.
         gc.freeze()
         gc.set_threshold(5_000, 10, 10)
 
-    async def _serve(self) -> None:
-        self.config.app = self.wsgi
-        self.config.backlog = MAX_ACCEPTED
-        await Server(self).serve(sockets=self.sockets)
+    def run(self) -> None:
+        """Serve until the process is to end."""
+        asyncio.run(self.serve())
+
+    async def serve(self) -> None:
+        """Serve; at a stop finish what runs, then close the database: the WAL moves into it."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self.report)
+        listening: Any = [
+            await loop.create_server(partial(Connection, self), sock=one, backlog=MAX_ACCEPTED)
+            for one in self.sockets
+        ]
+        for one in self.sockets:  # now it is how many asyncio accepts in a turn
+            one.listen(self.cfg.backlog)
+        while self.alive:
+            await self.check()
+        for one in listening:
+            one.close()
+        await self.check()  # while those come who are just accepted
+        while self.connections:
+            await self.check()
+        self.database.close()
+
+    async def check(self) -> None:
+        """After a moment, look at all deadlines, and once a second at the database."""
+        await asyncio.sleep(CHECK_INTERVAL)
+        loop = asyncio.get_running_loop()
+        for connection in list(self.connections):
+            connection.check(loop.time())
+        if os.getppid() != self.ppid or self.nr >= self.max_requests:  # the master has ended
+            self.alive = False
+        if loop.time() > self.looked_after + 1:
+            self.looked_after = loop.time()
+            self.date = formatdate(usegmt=True)
+            self.notify()  # or the master would end this process
+            loop.call_soon(RequestGreenlet(self.look_after_database).switch)
+
+    def report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error of the loop itself, without data of a client."""
+        error = context.get("exception")
+        if isinstance(error, OSError):  # such as no more files; asyncio says it twenty times
+            if loop.time() > self.reported + 1:
+                self.reported = loop.time()
+                log.error("%s: %s", context["message"], error.strerror)
+        elif isinstance(error, Exception):
+            log_unforeseen(error)
+
+    def look_after_database(self) -> None:
+        """Finish erasures, in a greenlet."""
+        with suppress(storage.Unavailable):  # a commit is running, or the next request logs a fault
+            self.database.look_after()

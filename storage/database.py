@@ -129,8 +129,15 @@ class Waiting:
         finally:
             self._free.release()
 
-    def in_thread(self, call: Callable[[], T]) -> T:
-        """Return the result of a call that takes long, or waits; of two at once, one waits."""
+    def in_thread(
+        self,
+        call: Callable[[], T],
+        scans: bool = False,  # noqa: ARG002 # `server.Turns` needs it
+    ) -> T:
+        """Return the result of a call that takes long, or waits.
+
+        One that `scans` may be given up where nobody waits for it any more.
+        """
         return call()
 
 
@@ -263,7 +270,7 @@ class Database:
             raise Unavailable("BusyError: too many searches wait")
         self._scans += 1
         try:
-            return self._waiting.in_thread(scan)
+            return self._waiting.in_thread(scan, scans=True)
         finally:
             self._scans -= 1
 

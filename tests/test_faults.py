@@ -435,7 +435,7 @@ def test_a_worker_that_may_open_no_file_more_recovers(make_server, spare):
     wait_until(lambda: goes_on(visitors), "it goes on")
     assert server.workers() == [worker]
     visitors.assert_kept()
-    assert server.log().count("\n") < 200
+    assert 0 < server.log().count("accept() out of system resource") < 20  # asyncio says it often
 
 
 def goes_on(visitors):

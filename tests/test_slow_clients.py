@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import struct
 import time
 from contextlib import ExitStack, closing, suppress
 
@@ -185,6 +186,50 @@ def test_a_stop_does_not_wait_for_who_asks_nothing(server):
         start = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - start < 5  # who is to send a request has 10
+
+
+def reset(client):
+    """End a connection in the way that the server learns of at once."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def test_an_erasure_is_finished_and_logged_also_where_its_client_has_gone(server):
+    """The log has whom to erase again after a restore."""
+    id_ = server.register("gone", name="Secret")[1]["visitor"]["_id"]
+    with held(server.database, "older state") as let_go:  # so that the erasure waits
+        client = server.connect()
+        client.sendall(f"DELETE {PATH}/gone HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: not server.query("SELECT 1 FROM visitor"), "it is committed")
+        reset(client)
+        assert server.request("GET", f"{PATH}/gone")[0] == 400
+        let_go()
+    wait_until(lambda: f"Erased the visitor {id_}" in server.log(), "it is logged")
+    wal = server.database.with_name("livechat.db-wal")
+    wait_until(lambda: wal.stat().st_size == 0, "its bytes are gone")
+    assert b"Secret" not in server.database.read_bytes()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_large_last_answer_that_is_taken_slowly_arrives_whole(make_server, version):
+    server = make_server(LIVECHAT_AGENT="agent:secret").wait()
+    fields = [{"key": f"k{n}", "value": "v" * 4000, "overwrite": True} for n in range(15)]
+    for n in range(65):  # of which a page has 4 MB
+        assert server.register(f"large{n}", customFields=fields)[0] == 200
+    lines = (
+        f"GET /api/v1/livechat/visitors.search?term=&count=100 HTTP/{version}",
+        *("Host: x", "X-User-Id: agent", "X-Auth-Token: secret", "Connection: close", "\r\n"),
+    )
+    with closing(socket.socket()) as client:
+        client.settimeout(20)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall("\r\n".join(lines).encode())
+        answer = b"".join(iter(lambda: client.recv(65_536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert len(json.loads(body)["visitors"]) > 60
+    assert "Unforeseen" not in server.log()
 
 
 def test_after_an_attack_all_connections_and_files_are_let_go(server):
