@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -29,8 +29,14 @@ from storage.fields import (
 )
 
 MAX_PAGE_BYTES = 4_000_000  # of the visitors on a page of a search, which has at least one
-ID_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
+ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
+# Each byte below the largest multiple of the alphabet's length stands for a character; the rest is
+# dropped, as it would make some characters more likely than others.
+_USED = 256 - 256 % len(ID_ALPHABET)
+_CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
+_DROPPED = bytes(range(_USED, 256))
+
 DAY = 86_400_000  # milliseconds
 # The keys of a visitor in a search; the last three are ours (contract, 9).
 SEARCH_KEYS = (
@@ -60,11 +66,10 @@ def milliseconds() -> int:
 
 def random_id() -> str:
     """Return a new `_id`, which nobody can guess (contract, 2.3)."""
-    number, id_ = secrets.randbelow(len(ID_ALPHABET) ** ID_LENGTH), ""
+    id_ = b""
     while len(id_) < ID_LENGTH:
-        number, digit = divmod(number, len(ID_ALPHABET))
-        id_ += ID_ALPHABET[digit]
-    return id_
+        id_ += os.urandom(2 * ID_LENGTH).translate(_CHARACTERS, _DROPPED)
+    return id_[:ID_LENGTH].decode()
 
 
 class VisitorStore:
@@ -274,7 +279,7 @@ class VisitorStore:
         Raise `OverLimit`.
         """
         held = visitor["fields"]
-        before = len(to_json(held).encode())
+        before = len(to_json(held).encode()) if held else 0
         for field in fields:
             if field["overwrite"] or not held.get(field["key"]):
                 held[field["key"]] = field["value"]
