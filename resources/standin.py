@@ -150,7 +150,7 @@ class Standin:
     def _take(self, route: str, method: str) -> dict[str, Any]:
         """Return the oldest failure that is for a request, and count it; {} for none."""
         with self._lock:
-            for failure in self._failures:
+            for failure in list(self._failures):  # as another thread may add one
                 if failure.get("route", route) == route and failure.get("method", method) == method:
                     failure["times"] -= 1
                     if not failure["times"]:
