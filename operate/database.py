@@ -13,7 +13,13 @@ import apsw
 from operate import Failed
 from storage.database import Database, Unavailable, check_sizes, connect, describe, transaction
 from storage.fields import MAX_INTEGER
-from storage.migrations import PrepareError, check_leftovers, newest_version, refusals, version_of
+from storage.migrations import (
+    PrepareError,
+    as_prepare_error,
+    check_leftovers,
+    newest_version,
+    version_of,
+)
 
 SLICE = 0.02  # seconds that one of many write transactions takes
 PAUSE = 0.005  # seconds between two of them, in which others who wait to write can begin
@@ -112,7 +118,7 @@ def forget(database: Database) -> None:
     """
     deadline = time.monotonic() + FORGETTING
     database.write(lambda _: None, erases=True)
-    while not database.tidy():
+    while not database.empty_wal_if_due():
         if time.monotonic() > deadline:
             raise Failed(
                 "their bytes are still in the files, as another program reads an older state (an"
@@ -136,7 +142,7 @@ def schema_version(path: str) -> int:
 
     Raise `PrepareError` where there is none, or one that is not ours, too new or out of reach.
     """
-    with refusals(path):
+    with as_prepare_error(path):
         check_leftovers(path)
         if not os.path.exists(path):
             raise PrepareError(f"{path}: there is no database")

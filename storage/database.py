@@ -17,42 +17,53 @@ import apsw
 from storage.scrubber import scrubber
 
 APPLICATION_ID = 0x4C435631  # "LCV1", in the header of every database of ours
-TIMEOUT = 5.0  # seconds that a write may wait altogether, a read in each queue and in SQLite
+TIMEOUT = 5.0  # seconds: of all waiting of a write; of a read, in each queue and in SQLite
 GROUP_TIME = 0.02  # seconds of work after which a group of writes is committed
-MAX_SCANS = 100  # that run or wait at once; more is a fault
+MAX_SCANS = 100  # long reads that run or wait; the next one is refused
 BEGIN_RETRY = 0.002  # seconds between two tries to begin while another program is writing
-CHECKPOINT = 1000  # pages by which the WAL grows from one checkpoint to the next
-CROWDED = 4000  # pages in the WAL from which on it is to be emptied, as for an erasure
-ERASE_TIME = 2.0  # seconds that an erasure waits for those who read an older state
+CHECKPOINT_PAGES = 1000  # pages by which the WAL grows from one checkpoint to the next
+MAX_WAL_PAGES = 4000  # pages in the WAL above which it is emptied even without an erasure
+ERASE_TIME = 2.0  # seconds that an erasure waits for others who read an older state
 ERASE_RETRY = 0.02  # seconds between two tries meanwhile
-IN_VAIN = 40.0  # seconds after a wait in vain in which no erasure waits again
-FRAME = 24  # bytes before each page in the WAL: sqlite.org/fileformat2.html, 4.1
-SMALL = 2**22  # bytes of a database, 10,000 to 20,000 visitors, that takes 10 ms to look through
+ERASE_BACKOFF = 40.0  # seconds in which no erasure waits, after one has waited without success
+FRAME_HEADER = 24  # bytes before each page in the WAL: sqlite.org/fileformat2.html, 4.1
+MAX_FULL_CHECK = 2**22  # bytes up to which a database is checked completely, which takes 10 ms
 
 T = TypeVar("T")
-Work = Callable[[apsw.Connection], T]  # what is done with a connection; it returns no cursor
+# What is done with a connection. It returns no cursor; `.get` is apsw's first value of a result.
+Work = Callable[[apsw.Connection], T]
 
 _RESTORE = "stop the service and restore a backup"
-# What SQLite raises when the file, the disk or another program is at fault, not our SQL.
+# What is the fault of the file, the disk or another program, and not of our code.
 FAULTS = (
-    *(apsw.BusyError, apsw.CantOpenError, apsw.CorruptError, apsw.FullError, apsw.IOError),
-    *(apsw.LockedError, apsw.NoMemError, apsw.NotADBError, apsw.PermissionsError),
-    *(apsw.ProtocolError, apsw.ReadOnlyError, OSError, JSONDecodeError, UnicodeDecodeError),
-    apsw.SQLError,  # of a schema that is not ours
+    apsw.BusyError,
+    apsw.CantOpenError,
+    apsw.CorruptError,
+    apsw.FullError,
+    apsw.IOError,
+    apsw.LockedError,
+    apsw.NoMemError,
+    apsw.NotADBError,
+    apsw.PermissionsError,
+    apsw.ProtocolError,
+    apsw.ReadOnlyError,
+    apsw.SQLError,  # such as "no such table": the schema is not ours
+    JSONDecodeError,  # of the custom fields in a row
+    OSError,
+    UnicodeDecodeError,
 )
-# What the operator can do about it, where the message does not say that already.
+# Those that may concern one row only: the group goes on, if SQLite has not undone all of it.
+ROW_FAULTS = (apsw.CorruptError, apsw.SQLError, JSONDecodeError, UnicodeDecodeError)
+# What the operator can do about a fault, where the message does not say that already.
 ADVICE: dict[type[Exception], str] = {
     apsw.BusyError: "it goes on once whoever locks the database is done",
     apsw.FullError: "make room on its disk",
+    apsw.NotADBError: _RESTORE,
     apsw.PermissionsError: "let the service write the file and its folder",
     apsw.ReadOnlyError: "let the service write the file and its folder",
     FileNotFoundError: f"put the file back, or {_RESTORE}",
-} | dict.fromkeys(
-    (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, JSONDecodeError, UnicodeDecodeError),
-    _RESTORE,
-)
-# Those that may be of one visitor's row alone: the transaction goes on, if SQLite lets it.
-OF_ONE_ROW = (apsw.CorruptError, apsw.SQLError, JSONDecodeError, UnicodeDecodeError)
+    **dict.fromkeys(ROW_FAULTS, _RESTORE),
+}
 
 
 class Unavailable(Exception):
@@ -73,7 +84,10 @@ class PendingWrite(Generic[T]):
         self._result: Any = None
 
     def run(self, connection: apsw.Connection) -> None:
-        """Do the work, or nothing of it. Raise only what ends the whole transaction."""
+        """Do the work in a savepoint, and keep its error for `outcome`.
+
+        Raise a fault that ends the whole transaction.
+        """
         fault: Exception | None = None
         try:
             with connection:  # inside a transaction this is a savepoint
@@ -86,8 +100,8 @@ class PendingWrite(Generic[T]):
                     raise
         except Exception as error:
             fault = fault or error
-            ends = isinstance(fault, FAULTS) and not isinstance(fault, OF_ONE_ROW)
-            if ends or not connection.in_transaction:
+            ends_transaction = isinstance(fault, FAULTS) and not isinstance(fault, ROW_FAULTS)
+            if ends_transaction or not connection.in_transaction:
                 raise fault from None
             self.fail(fault)
 
@@ -100,7 +114,7 @@ class PendingWrite(Generic[T]):
             self.error = error
 
     def outcome(self) -> T:
-        """Return what the work returned, once it is on the disk, or raise why it is not."""
+        """Return the result of the work, or raise its error; to be called after the commit."""
         if self.error is not None:
             raise self.error
         result: T = self._result
@@ -124,25 +138,25 @@ class Waiting:
             database.commit_group(group)
             database.checkpoint()
             if not write.erases:
-                with suppress(Unavailable):  # of what may be done later
-                    database.tidy(0)
+                with suppress(Unavailable):  # it can be done later
+                    database.empty_wal_if_due(0)
         finally:
             self._free.release()
 
     def in_thread(
         self,
         call: Callable[[], T],
-        scans: bool = False,  # noqa: ARG002 # `server.Turns` needs it
+        cancellable: bool = False,  # noqa: ARG002 # the server's way to wait needs it
     ) -> T:
         """Return the result of a call that takes long, or waits.
 
-        One that `scans` may be given up where nobody waits for it any more.
+        One that is `cancellable` may end with an exception when its client has gone.
         """
         return call()
 
 
 Identity = tuple[int, int]  # device and inode of a file: a renamed file keeps them
-NONE: Identity = (0, 0)  # of a file that is not there
+NO_FILE: Identity = (0, 0)
 
 
 class Files(NamedTuple):
@@ -166,38 +180,39 @@ def stat_files(path: str) -> tuple[Files, int, int]:
 
 
 def stat_file(path: str) -> tuple[Identity, int]:
-    """Return which file is there, and its size."""
+    """Return which file is at `path`, and its bytes; `NO_FILE` and 0 where there is none."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return NONE, 0
+        return NO_FILE, 0
     return (status.st_dev, status.st_ino), status.st_size
 
 
 class Handle:
-    """One connection, for one thread at a time; its next use opens it again."""
+    """A connection that is opened when it is needed, and the lock of whoever uses it."""
 
-    def __init__(self, seconds: float = 0, checkpoints: bool = False) -> None:
+    def __init__(self, busy_timeout: float = 0, is_checkpointer: bool = False) -> None:
         self.lock = threading.Lock()
-        self.seconds = seconds  # for which SQLite waits inside a call
-        self.checkpoints = checkpoints
+        self.busy_timeout = busy_timeout  # seconds for which SQLite waits inside a call
+        self.is_checkpointer = is_checkpointer
         self.connection: apsw.Connection | None = None
 
     def close(self) -> None:
-        """Close it, which undoes a transaction."""
+        """Close the connection; an open transaction is rolled back."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
 
 
 class Database:
-    """The prepared file at `path`, for any number of threads; opened at its first use.
+    """The prepared file at `path`, for any number of threads; opened by `open` or the first use.
 
     One connection writes, one reads what is quick, one reads what takes long, and one checkpoints.
     The checkpointing one stays open, so that no other program is ever the last one to close the
     database, which would remove the WAL.
 
-    `identity` is which file the start has prepared. Without it the first use says so.
+    `identity` is the file that the start has prepared; any other file is refused. Without it the
+    first file that is found is accepted.
     """
 
     def __init__(
@@ -209,118 +224,126 @@ class Database:
         self._identity = identity
         self._prepared = identity is not None
         self._files: Files | None = None  # those that are open
-        self._length = 0  # bytes of the database file at its last use
-        self._frame = 0  # bytes of a page in the WAL
-        self._pages = 0  # in the WAL after the last commit
+        self._database_bytes = 0  # of the database file at its last use
+        self._frame_bytes = 0  # of a page in the WAL
+        self._wal_pages = 0  # after the last commit
         self._writer, self._reader = Handle(), Handle()
-        self._scanner, self._checkpointer = Handle(TIMEOUT), Handle(checkpoints=True)
+        self._scanner, self._checkpointer = Handle(TIMEOUT), Handle(is_checkpointer=True)
+        # In the order in which `close` closes them.
         self._handles = (self._writer, self._reader, self._scanner, self._checkpointer)
         self._opening = threading.Lock()
-        self._scans = 0
-        self._erasure_due = True  # as a process that ended may have left one
-        self._version = 0  # which changes when another process writes
+        self._scans = 0  # that run or wait
+        self._erasures = 1  # that are committed; the first is what an earlier process may have left
+        self._erased = 0  # of these, whose bytes are gone
+        self._data_version = 0  # of the writer: it changes when another connection writes
         self._no_wait_until = 0.0  # seconds of `time.monotonic`, until which no erasure waits
 
     def open(self) -> None:
         """Open the file, and hold it open; raise `Unavailable`."""
-        with self._held(self._checkpointer):
+        with self._exclusive(self._checkpointer):
             pass
 
     def write(self, work: Work[T], erases: bool = False) -> T:
         """Run `work` in a transaction; return its result once that is on the disk.
 
-        When `work` raises, nothing has changed. What `work` deletes or replaces is gone from the
-        database file at the next checkpoint. If it `erases`, this returns when the old bytes are
-        gone from the file and the WAL; where another program reads an older state for longer than
-        `ERASE_TIME`, they go later, by themselves.
-        Raise `Unavailable` where the database cannot be written, or where that is not known: the
-        commit is then done or not, or it is done and the old bytes are not gone.
+        When `work` raises, nothing has changed. The bytes of what `work` deletes or replaces are
+        gone from the database file at the next checkpoint. If it `erases`, this waits until they
+        are gone from the file and the WAL, but for another program that reads an older state only
+        `ERASE_TIME`: then they go later, by themselves.
+        Raise `Unavailable` where nothing is written, where that is not known, or where it is
+        written but the bytes of what it `erases` are not gone.
         """
         write = PendingWrite(work, erases)
         self._waiting.commit(self, write)
         result = write.outcome()
         if erases:
-            self.tidy()
+            self.empty_wal_if_due()
         return result
 
     def read(self, work: Work[T]) -> T:
         """Return the result of `work`, which is one quick SELECT; raise `Unavailable`."""
         try:
-            with self._held(self._reader) as connection:
+            with self._exclusive(self._reader) as connection:
                 return work(connection)
         except Unavailable as fault:
             if not isinstance(fault.__cause__, apsw.BusyError):
                 raise
-        return self.scan(work)  # which can wait for whoever locks out readers
+        return self.scan(work)  # which may wait for the lock, in a thread
 
     def scan(self, work: Work[T], anew: bool = False) -> T:
-        """Return the result of `work`, which reads for long, on one state; raise `Unavailable`.
+        """Return the result of `work`, a long read of one state; raise `Unavailable`.
 
-        `anew` reads the files and not what is in memory of them.
+        `anew` opens the connection anew, so that nothing comes from SQLite's memory.
         """
         deadline = time.monotonic() + TIMEOUT
 
-        def scan() -> T:
+        def run() -> T:
             if time.monotonic() > deadline:
-                raise Unavailable("BusyError: the queue of searches")
-            with self._held(self._scanner, anew) as connection, transaction(connection, "DEFERRED"):
+                raise Unavailable("BusyError: the searches before this one took too long")
+            with (
+                self._exclusive(self._scanner, anew) as connection,
+                transaction(connection, "DEFERRED"),
+            ):
                 return work(connection)
 
         if self._scans >= MAX_SCANS:
             raise Unavailable("BusyError: too many searches wait")
         self._scans += 1
         try:
-            return self._waiting.in_thread(scan, scans=True)
+            return self._waiting.in_thread(run, cancellable=True)
         finally:
             self._scans -= 1
 
-    def tidy(self, seconds: float = ERASE_TIME) -> bool:
-        """Empty the WAL where it holds erased data, or far too much; return whether it is tidy.
+    def empty_wal_if_due(self, seconds: float = ERASE_TIME) -> bool:
+        """Empty the WAL where it holds erased bytes, or too much; return whether that is done.
 
-        Wait for scans of our own that read an older state, and for so many seconds for other
-        programs; but not for a while once that was in vain, as an export of a large database takes
-        a minute. Raise `Unavailable`.
+        Wait for our own scans, and for so many seconds for other programs; but not for these within
+        `ERASE_BACKOFF` after that was in vain, as an export may take a minute. Raise `Unavailable`.
         """
-        if not self._untidy():
+        if not self._emptying_is_due():
             return True
         return self._waiting.in_thread(partial(self._empty_wal, seconds))
 
-    def look_after(self) -> None:
-        """Tidy the WAL, also after a write of another process, which may have been an erasure.
+    def finish_erasures(self) -> None:
+        """Empty the WAL if that is due, also after a write of another process, perhaps an erasure.
 
         Raise `Unavailable`. To be called about once a second.
         """
-        version = self._data_version()
-        self._erasure_due |= version != self._version
-        self._version = version
-        if self._untidy():
-            self.tidy(0)
+        version = self._read_data_version()
+        self._erasures += version != self._data_version
+        self._data_version = version
+        if self._emptying_is_due():
+            self.empty_wal_if_due(0)
             # To empty the WAL counts as a write of another connection. An erasure that another
             # process makes at this very moment is missed here, but that process empties it too.
-            self._version = self._data_version()
+            self._data_version = self._read_data_version()
 
     def close(self) -> None:
-        """Close the file. The WAL goes into it, unless another program has it open."""
+        """Close all connections; the last one moves the WAL into the database file.
+
+        It does not where another program has the database open, or a file was moved or replaced.
+        """
         with ExitStack() as held:
             for handle in self._handles:
                 if handle.lock.acquire(timeout=TIMEOUT):  # else whoever holds it is stuck
                     held.callback(handle.lock.release)
             with suppress(FileNotFoundError):
                 now, _, _ = stat_files(self.path)
-                # Not where one was moved away, and may be put back.
-                if self._files and now[:2] == self._files[:2]:
-                    merge_on_close(self._checkpointer.connection)
-            for handle in self._handles:  # the one that checkpoints last
+                opened = self._files
+                if opened and (now.database, now.wal) == (opened.database, opened.wal):
+                    checkpoint_on_close(self._checkpointer.connection)
+            for handle in self._handles:
                 handle.close()
-            self._files, self._pages = None, 0
+            self._files, self._wal_pages = None, 0
 
-    # What `Waiting.commit` and the server's `Turns` call.
+    # What a way to wait calls: `Waiting.commit`, and the server's own.
 
     def run_group(self, writes: Sequence[PendingWrite[Any]]) -> Sequence[PendingWrite[Any]]:
         """Begin a transaction, and run as many of the writes in it as `GROUP_TIME` allows.
 
-        Return those that ran, for `commit_group`, or those whose deadline has passed. Return none
-        while another program is writing: then try again. It never waits.
+        Return those that ran, or those whose deadline has passed, for `commit_group`: until that is
+        called, in any thread, nobody else can write. Return an empty list while another program is
+        writing: then try again. It never waits for other programs.
         """
         self._writer.lock.acquire()
         now = time.monotonic()
@@ -328,24 +351,25 @@ class Database:
             for write in late:
                 write.fail(LOCKED)
             return late
-        ran = 0
         try:
-            try:
-                connection = self._usable(self._writer)
-                connection.execute("BEGIN IMMEDIATE")
-            except apsw.BusyError:
-                self._writer.lock.release()
-                return []
+            connection = self._checked_connection(self._writer)
+            connection.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError:
+            self._writer.lock.release()
+            return []
+        except Exception as fault:
+            self._roll_back(writes, fault)
+            return writes
+        group: list[PendingWrite[Any]] = []
+        try:
             for write in writes:
-                ran += 1
+                group.append(write)
                 write.run(connection)
                 if time.monotonic() > now + GROUP_TIME:
                     break
-            return writes[:ran]
         except Exception as fault:
-            group = writes[: ran or None]  # all of them, where nothing could be begun
-            self._fail(group, fault)
-            return group
+            self._roll_back(group, fault)
+        return group
 
     def commit_group(self, group: Sequence[PendingWrite[Any]]) -> None:
         """Commit what `run_group` has begun, if anything; after that each write has its outcome.
@@ -356,11 +380,11 @@ class Database:
         try:
             if writer.connection is not None and writer.connection.in_transaction:
                 writer.connection.execute("COMMIT")
-                self._erasure_due |= any(write.erases and write.error is None for write in group)
+                self._erasures += any(write.erases and write.error is None for write in group)
                 if any(isinstance(write.error, Unavailable) for write in group):
-                    writer.close()  # so that a bad page does not stay in its memory
+                    writer.close()  # with its memory of pages, one of which may be damaged
         except Exception as fault:
-            self._fail(group, fault)
+            self._roll_back(group, fault)
         finally:
             writer.lock.release()
 
@@ -368,17 +392,19 @@ class Database:
         """Copy the WAL into the database file, where that is due; it waits for the disk."""
         if self.checkpoint_due:
             self.checkpoint_due = False
-            with suppress(Unavailable), self._held(self._checkpointer) as connection:
+            with suppress(Unavailable), self._exclusive(self._checkpointer) as connection:
                 connection.pragma("wal_checkpoint", "PASSIVE")  # a later one does what is left
 
-    def _fail(self, group: Sequence[PendingWrite[Any]], fault: Exception) -> None:
-        """Undo the transaction, and give everyone whose work was in it this fault."""
+    def _roll_back(self, group: Sequence[PendingWrite[Any]], fault: Exception) -> None:
+        """Undo the transaction, and give everyone this fault, also those who have an error."""
         self._writer.close()
         for write in group:
             write.fail(fault)
 
-    def _untidy(self) -> bool:
-        return self._erasure_due or self._pages > CROWDED
+    # How the WAL is emptied.
+
+    def _emptying_is_due(self) -> bool:
+        return self._erased < self._erasures or self._wal_pages > MAX_WAL_PAGES
 
     def _empty_wal(self, seconds: float) -> bool:
         """Move the WAL into the database file and cut it to nothing; return whether that is done.
@@ -391,38 +417,38 @@ class Database:
         if not self._scanner.lock.acquire(timeout=TIMEOUT):  # as a scan reads an older state too
             return False
         try:
-            while self._untidy() and not self._truncate_wal():
+            while self._emptying_is_due() and not self._try_to_empty_wal():
                 if time.monotonic() > start + seconds:
                     if seconds:
-                        self._no_wait_until = time.monotonic() + IN_VAIN
+                        self._no_wait_until = time.monotonic() + ERASE_BACKOFF
                     return False
                 time.sleep(ERASE_RETRY)
             return True
         finally:
             self._scanner.lock.release()
 
-    def _truncate_wal(self) -> bool:
-        """Do it, unless another program keeps it from that; return whether it is done."""
-        done = False
-        due, pages = self._erasure_due, self._pages
-        self._erasure_due = False  # a commit that comes meanwhile sets it again
-        try:
-            with self._held(self._checkpointer) as connection:
-                done = not connection.pragma("wal_checkpoint", "TRUNCATE")[0]
-        finally:
-            self._erasure_due |= due and not done
-        if done and self._pages == pages:
-            self._pages = 0
-        return done
+    def _try_to_empty_wal(self) -> bool:
+        """Empty the WAL once; return False where another program keeps it from that."""
+        erasures, pages = self._erasures, self._wal_pages  # of which a commit may make more
+        with self._exclusive(self._checkpointer) as connection:
+            busy, _, _ = connection.pragma("wal_checkpoint", "TRUNCATE")
+        if busy:
+            return False
+        self._erased = erasures
+        if self._wal_pages == pages:
+            self._wal_pages = 0
+        return True
 
-    def _data_version(self) -> int:
-        """Return a number that changes when others write; raise `Unavailable` during a commit."""
-        with self._held(self._writer, seconds=0) as writer:
+    def _read_data_version(self) -> int:
+        """Return the writer's `data_version`; raise `Unavailable` while it is in use."""
+        with self._exclusive(self._writer, seconds=0) as writer:
             version: int = writer.pragma("data_version")
             return version
 
+    # How connections are opened and held.
+
     @contextmanager
-    def _held(
+    def _exclusive(
         self, handle: Handle, anew: bool = False, seconds: float = TIMEOUT
     ) -> Generator[apsw.Connection]:
         """Hold a connection exclusively. Raise `Unavailable` for any fault of the file or disk."""
@@ -431,47 +457,59 @@ class Database:
         try:
             if anew:
                 handle.close()
-            yield self._usable(handle)
+            yield self._checked_connection(handle)
         except FAULTS as fault:
-            if not isinstance(fault, apsw.BusyError) and not handle.checkpoints:
+            if not isinstance(fault, apsw.BusyError) and not handle.is_checkpointer:
                 handle.close()  # whatever has happened, the next use begins afresh
             raise Unavailable(describe(fault)) from fault
         finally:
             handle.lock.release()
 
-    def _usable(self, handle: Handle) -> apsw.Connection:
-        """Return an open connection; raise where the files are not those that were opened."""
-        files, length, bytes_in_wal = stat_files(self.path)
+    def _checked_connection(self, handle: Handle) -> apsw.Connection:
+        """Return an open connection; raise where the files are not those that were opened.
+
+        Where only the -shm file is another one, all connections are opened anew.
+        """
+        files, database_bytes, bytes_in_wal = stat_files(self.path)
         with self._opening:
             if files != self._files:
-                self._check_changed(files, handle)
+                self._refuse_replaced(files)
+                self._reopen(handle)
             if handle.connection is None:
                 handle.connection = self._connect(handle)
         connection = handle.connection
         # Another program may have emptied the WAL, or vacuumed; else somebody has cut a file.
-        shrunk = length < self._length
-        if shrunk or bytes_in_wal < self._pages * self._frame:
+        shrunk = database_bytes < self._database_bytes
+        if shrunk or bytes_in_wal < self._wal_pages * self._frame_bytes:
             check_sizes(connection, self.path, shrunk)
-        self._length = length
+        self._database_bytes = database_bytes
         return connection
 
-    def _check_changed(self, now: Files, handle: Handle) -> None:
-        """Raise where the database or its WAL was replaced or removed; else open what is there."""
-        before = self._files
+    def _refuse_replaced(self, now: Files) -> None:
+        """Raise where the database or its WAL was replaced or removed."""
         if now.database != (self._identity or now.database):
             raise apsw.CantOpenError(
-                f"{self.path} was replaced: put the one before back, or to use this one stop the"
-                f" service, move {self.path}-wal and {self.path}-shm away, and start it"
+                f"{self.path} was replaced: move the one before back (a copy is another one), or to"
+                f" use this one stop the service, move {self.path}-wal and {self.path}-shm away,"
+                " and start it"
             )
-        # After a start there is no -shm file. One without a -wal file means that a worker was
-        # killed and that somebody moved its WAL away.
-        lacks_wal = before is None and self._prepared and now.shm != NONE == now.wal
-        if lacks_wal or (before and before.wal != now.wal):
+        if self._files is None:
+            # A start leaves no -shm file. One without a -wal file means that a worker was killed
+            # and that somebody moved its WAL away.
+            lacks_wal = self._prepared and now.shm != NO_FILE and now.wal == NO_FILE
+        else:
+            lacks_wal = now.wal != self._files.wal
+        if lacks_wal:
             raise apsw.CantOpenError(
-                f"{self.path}-wal was removed or replaced: put the one before back, or restart the"
-                " service"
+                f"{self.path}-wal was removed or replaced: move the one before back (a copy is"
+                " another one), or restart the service"
             )
-        # The -shm file is another one. All connections of a process share one, so all are closed.
+
+    def _reopen(self, handle: Handle) -> None:
+        """Close all connections, as they share a -shm file, and open the first one.
+
+        `handle` is the one that the caller holds. Raise `apsw.BusyError` while others are in use.
+        """
         for other in self._handles:
             if other is handle:
                 other.close()
@@ -485,44 +523,45 @@ class Database:
         self._identity = self._files.database
 
     def _connect(self, handle: Handle) -> apsw.Connection:
-        """Return a new connection; raise where it is not one to the prepared database."""
-        connection = connect(self.path, handle.checkpoints)
+        """Return a new connection; raise where the file is not the prepared one, or was cut."""
+        connection = connect(self.path, handle.is_checkpointer)
         connection.set_busy_timeout(0)  # as this may be the event loop
         try:
             # SQLite would make a WAL that nobody can write to, also later.
             if connection.readonly("main"):
                 raise apsw.ReadOnlyError(f"{self.path} is read-only")
-            # A file that is not the one that the start prepared is a fault, never made ours.
             if connection.pragma("application_id") != APPLICATION_ID:
                 raise apsw.NotADBError(f"{self.path} is not the database that the start prepared")
             configure(connection)
             check_sizes(connection, self.path)
-            self._frame = FRAME + connection.pragma("page_size")
-            connection.set_busy_timeout(int(1000 * handle.seconds))
+            self._frame_bytes = FRAME_HEADER + connection.pragma("page_size")
+            connection.set_busy_timeout(int(1000 * handle.busy_timeout))
             if handle is self._writer:
-                connection.set_wal_hook(self._count)
+                connection.set_wal_hook(self._on_commit)
+                self._data_version = 0  # as it is another count for each connection
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _count(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        self.checkpoint_due |= pages // CHECKPOINT > self._pages // CHECKPOINT
-        self._pages = pages
+    def _on_commit(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
+        """Remember how many pages the WAL has; SQLite calls this after each commit."""
+        self.checkpoint_due |= pages // CHECKPOINT_PAGES > self._wal_pages // CHECKPOINT_PAGES
+        self._wal_pages = pages
         return apsw.SQLITE_OK
 
 
 def describe(fault: Exception) -> str:
-    """Return what went wrong in one line, and where it can be said what to do; no data of ours."""
+    """Return in one line what went wrong and, if known, what to do; no data of a visitor."""
     advice = next((ADVICE[kind] for kind in type(fault).__mro__ if kind in ADVICE), "")
     return f"{type(fault).__name__}: {fault}" + (f"; {advice}" if advice else "")
 
 
 def connect(path: str, checkpoints: bool = False) -> apsw.Connection:
-    """Open the file, which has to be there; one that `checkpoints` leaves no erased data behind.
+    """Open the file, which has to be there. One that `checkpoints` leaves no erased bytes behind.
 
-    None of them checkpoints by itself, also not the last one when it closes: the file could be
-    damaged. SQLite waits `TIMEOUT` seconds for other programs inside a call.
+    None of them checkpoints by itself, not even the last one when it closes, as it might write into
+    a damaged file. SQLite waits `TIMEOUT` seconds for other programs inside a call.
     """
     vfs = scrubber().name if checkpoints else None
     connection = apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE, vfs)
@@ -532,21 +571,20 @@ def connect(path: str, checkpoints: bool = False) -> apsw.Connection:
     return connection
 
 
-def merge_on_close(connection: apsw.Connection | None) -> None:
-    """Let the WAL go into the database file when this connection closes, if it is the last one."""
+def checkpoint_on_close(connection: apsw.Connection | None) -> None:
+    """Let this connection move the WAL into the file when it closes, if it is the last one."""
     if connection is not None:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
 
 
 def configure(connection: apsw.Connection) -> None:
-    """Make the connection durable; raise `apsw.CantOpenError` where SQLite does not do as told."""
-    # Each on its own: of a string of several, those after one that returns a row never run.
+    """Make commits durable and deletions erase; raise `apsw.CantOpenError` where that fails."""
+    # Each on its own: in a string of several, those after one that returns a row are not run.
     connection.pragma("synchronous", "FULL")
     connection.pragma("secure_delete", "ON")
-    connection.pragma("foreign_keys", "ON")
     if sys.platform == "darwin":
         connection.pragma("fullfsync", "ON")
-    connection.pragma("journal_mode", "WAL")  # the last one, as it may raise BusyError at once
+    connection.pragma("journal_mode", "WAL")  # the last one, as it may raise BusyError
     held = [connection.pragma(name) for name in ("journal_mode", "synchronous", "secure_delete")]
     if held != ["wal", 2, 1]:
         raise apsw.CantOpenError(f"SQLite did not take the settings it was given: {held}")
@@ -556,7 +594,7 @@ def configure(connection: apsw.Connection) -> None:
 def transaction(connection: apsw.Connection, mode: str = "IMMEDIATE") -> Generator[None]:
     """Commit what is done inside, or roll it back where it raises.
 
-    IMMEDIATE is for writers: a deferred one that turns writer fails at once where another writes.
+    IMMEDIATE is for writers: a DEFERRED one that begins to write fails at once if another writes.
     apsw's own `with connection` holds the interpreter's lock while it waits and while it commits,
     so that no other thread runs.
     """
@@ -572,35 +610,32 @@ def transaction(connection: apsw.Connection, mode: str = "IMMEDIATE") -> Generat
 def check_sizes(connection: apsw.Connection, path: str, shrunk: bool = False) -> None:
     """Raise `apsw.IOError` or `apsw.CorruptError` where a part of the files is missing.
 
-    The file may be shorter than the database by the pages in the WAL, unless it has `shrunk`.
+    Pages that are only in the WAL may be missing in the file, but not if it has `shrunk`.
     """
-    if not wal_is_whole(connection, path):
+    page_bytes = connection.pragma("page_size")
+    frame_bytes = FRAME_HEADER + page_bytes
+    # Three tries, as another process may empty the WAL or write to it between the two looks of one.
+    sizes = ((stat_file(f"{path}-wal")[1], pages_in_wal(connection)) for _ in range(3))
+    if all(bytes_in_wal < pages * frame_bytes for bytes_in_wal, pages in sizes):
         raise apsw.IOError(
             f"{path}-wal was removed or cut: stop all that use the database, then start the service"
         )
     pages = connection.pragma("page_count") - (0 if shrunk else max(0, pages_in_wal(connection)))
-    if stat_file(path)[1] < pages * connection.pragma("page_size"):
+    if stat_file(path)[1] < pages * page_bytes:
         raise apsw.CorruptError(f"{path} was cut")
 
 
-def wal_is_whole(connection: apsw.Connection, path: str) -> bool:
-    """Return whether the WAL at `path` is as long as its index says: nobody has cut it."""
-    frame = FRAME + connection.pragma("page_size")
-    # Three looks, as another process may empty it and write to it between the two halves of one.
-    return any(stat_file(f"{path}-wal")[1] >= pages_in_wal(connection) * frame for _ in range(3))
-
-
 def pages_in_wal(connection: apsw.Connection) -> int:
-    """Return the pages in the WAL, by its index; -1 where there is none."""
+    """Return the pages in the WAL, by its index; -1 where that cannot be told."""
     for _ in range(100):
-        pages: int = connection.pragma("wal_checkpoint", "NOOP")[1]
-        if pages >= 0:  # it is not for a moment, while another process is writing the index
+        pages: int = connection.pragma("wal_checkpoint", "NOOP")[1]  # which only reports
+        if pages >= 0:  # it is -1 for a moment, while another process is writing the index
             break
     return pages
 
 
 def check_pages(connection: apsw.Connection) -> None:
-    """Raise `apsw.CorruptError` where the database, unless it is large, is found damaged."""
+    """Raise `apsw.CorruptError` where a database that is not large is damaged."""
     size = connection.pragma("page_count") * connection.pragma("page_size")
-    if size <= SMALL and connection.execute("PRAGMA integrity_check(1)").get != "ok":
-        raise apsw.CorruptError("the database is damaged")  # SQLite's words are of several lines
+    if size <= MAX_FULL_CHECK and connection.execute("PRAGMA integrity_check(1)").get != "ok":
+        raise apsw.CorruptError("the database is damaged")  # SQLite's own text has several lines

@@ -1,4 +1,4 @@
-"""What a visitor is: its fields, and their forms in the database and in an answer."""
+"""What a visitor is: its fields, and how they are stored and answered."""
 
 from __future__ import annotations
 
@@ -33,14 +33,13 @@ class Field(NamedTuple):
     key: str  # in an answer (contract, 2.4), and in an export
     kind: Literal["text", "time", "custom fields"] = "text"
     list_of: str = ""  # the key in the one object of a list, where the answer has such a list
-    given: bool = True  # a registration may give it, under the column's name
+    given: bool = True  # a registration may set it; its key there is the column's name
     required: bool = False  # in every visitor
     searched: bool = False  # for a part of its text
 
 
-# What is written, answered by token, exported, imported and sent on follows from this table, in
-# the order of an answer. Beside it are schema.sql, visitor.json and `SEARCH_KEYS`, which a search
-# answers.
+# Statements, answers by token, export, import and replay follow from this table, in this order,
+# which is that of an answer. What does not follow: schema.sql, visitor.json and `SEARCH_KEYS`.
 FIELDS = (
     Field("id", "_id", given=False, required=True),
     Field("username", "username", required=True, searched=True),
@@ -68,7 +67,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def normalize_email(text: str) -> str:
-    """Return an email trimmed and in lower case; raise `ValueError` with that where it is none."""
+    """Return an email trimmed and in lower case; raise `ValueError` with that if it is no email."""
     email = text.strip(WHITE_SPACE).lower()
     if not re.fullmatch("[^@]+@[^@]+", email):
         raise ValueError(email)
@@ -88,12 +87,12 @@ def as_row(visitor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def search_text(*texts: str) -> str:
-    """Return texts in the form in which a search compares their parts, with NUL in between."""
+    """Return texts as one that a search looks into, with NUL in between."""
     return fold("\0".join(texts))
 
 
 def fold(text: str) -> str:
-    """Return a text in the form in which two that look alike are equal, letter case aside."""
+    """Return a text in a form in which texts that look alike are equal, letter case aside."""
     if text.isascii():
         return text.lower()
     # A run longer than any real text has is divided, as in Unicode's Stream-Safe Text Format.
@@ -113,7 +112,9 @@ def phone_digits(text: str | None) -> str | None:
     if not text:
         return None
     text = unicodedata.normalize("NFKC", text)
-    return re.sub(r"\D", "", text) or None if re.fullmatch(r"[\d\s+()./-]+", text) else None
+    if not re.fullmatch(r"[\d\s+()./-]+", text):
+        return None
+    return re.sub(r"\D", "", text) or None
 
 
 def as_visitor(row: Iterable[Any]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def as_wire(visitor: Mapping[str, Any]) -> dict[str, Any]:
     return wire
 
 
-@lru_cache(maxsize=256)  # visitors that are registered at one moment have the same dates
+@lru_cache(maxsize=256)  # simultaneous registrations have the same dates
 def iso_date(ms: int) -> str:
     """Return a time, in milliseconds since 1970, as the contract writes it."""
     try:

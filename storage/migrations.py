@@ -1,4 +1,4 @@
-"""Create the database file, upgrade it, or refuse it: once, before anybody serves it."""
+"""Create the database file, upgrade it, or refuse it: once, before the service opens it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from storage.database import (
     Identity,
     check_pages,
     check_sizes,
+    checkpoint_on_close,
     configure,
     connect,
     describe,
-    merge_on_close,
     stat_file,
     stat_files,
     transaction,
@@ -36,7 +36,7 @@ STEPS = tuple(re.split("(?m)^-- Version .*", _SCHEMA)[1:])
 
 
 class PrepareError(Exception):
-    """The file cannot be this service's database: one line that names it and the reason."""
+    """The file cannot be used as our database: one line with its path and the reason."""
 
 
 def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
@@ -47,19 +47,19 @@ def prepare(path: str, indexed: Collection[str] = ()) -> tuple[bool, int]:
     Raise `PrepareError` where the file is not ours, is too new, or cannot be used.
     """
     path = os.path.abspath(path)
-    with refusals(path):
+    with as_prepare_error(path):
         check_leftovers(path)
         _create_file(path)
         with closing(connect(path)) as connection:
-            version_of(connection, path)  # what is not ours is refused before anything is touched
+            version_of(connection, path)  # a foreign file is refused before anything is changed
         os.chmod(path, 0o600)  # SQLite gives the WAL the mode of the database
         with closing(connect(path, checkpoints=True)) as connection:
-            with suppress(apsw.BusyError):  # another process does the same at this moment
+            with suppress(apsw.BusyError):  # another process is configuring it at this moment
                 configure(connection)
             check_sizes(connection, path)
             check_pages(connection)
-            merge_on_close(connection)  # with what an erasure has left that a kill cut short
-            # Nothing is written where nothing is to be changed: another process may be writing.
+            checkpoint_on_close(connection)  # which removes what an unfinished erasure has left
+            # Where nothing is to be changed, nothing here writes, as another process may.
             new = _upgrade(connection, path)
             for column in ("phone", "email"):
                 if column in indexed:
@@ -81,8 +81,8 @@ def newest_version() -> int:
 
 
 @contextmanager
-def refusals(path: str) -> Generator[None]:
-    """Turn whatever keeps the file at `path` from being our database into a `PrepareError`."""
+def as_prepare_error(path: str) -> Generator[None]:
+    """Raise any fault of the file at `path` as a `PrepareError`."""
     try:
         yield
     except apsw.NotADBError:
@@ -101,9 +101,10 @@ def refusals(path: str) -> Generator[None]:
 def check_leftovers(path: str) -> None:
     """Raise `PrepareError` where a start would lose visitors, or where no database can be.
 
-    Visitors would be lost where a restore is unfinished, or a WAL has no database.
+    These are an unfinished restore, a WAL without its database, what is no regular file, and a file
+    that is mounted alone.
     """
-    # The last step of operate/restore.py renames that file; while it is there, one is unfinished.
+    # The last step of operate/restore.py renames that file.
     if not os.path.exists(path) and glob(f"{escape(path)}-before-*/restored"):
         raise PrepareError(f"{path}: a restore has not ended: run it again")
     # Look at the WAL first: another process may create both between the two looks.
@@ -136,7 +137,7 @@ def _create_file(path: str) -> None:
 
 
 def sync(path: str) -> None:
-    """Let the file or folder be on the disk."""
+    """Sync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
@@ -174,27 +175,29 @@ def version_of(connection: apsw.Connection, path: str) -> int:
 
 
 def _upgrade(connection: apsw.Connection, path: str) -> bool:
-    """Take the steps that the file has not taken, each in one transaction with its version.
+    """Run the steps that the file lacks, each in one transaction with its version.
 
     Return whether the first one was among them, so that the database is new.
     """
 
-    def text_of(username: Any, name: Any, fields: Any) -> str:
+    def search_text_of_row(username: Any, name: Any, fields: Any) -> str:
         return search_text(username, name, *json.loads(fields).values())
 
-    functions: dict[str, Any] = {"search_text": text_of, "phone_digits": phone_digits}
+    functions: dict[str, Any] = {"search_text": search_text_of_row, "phone_digits": phone_digits}
     for name, function in functions.items():
         connection.create_scalar_function(name, function)
     new = False
     while (version := version_of(connection, path)) < newest_version():
         try:
             with transaction(connection):
-                if version_of(connection, path) == version:  # else another process has taken it
+                if version_of(connection, path) == version:  # else another process has just run it
                     connection.execute(STEPS[version])
                     connection.pragma("application_id", APPLICATION_ID)
                     connection.pragma("user_version", version + 1)
                     new |= version == 0
-        except Exception as fault:  # such as of a visitor that the step cannot read
+        except PrepareError:  # another process has made it newer than we know
+            raise
+        except Exception as fault:  # such as of a row that the step cannot read
             raise PrepareError(
                 f"{path}: stays at version {version}, the step to {version + 1} failed:"
                 f" {describe(fault)}"

@@ -1,13 +1,15 @@
--- The schema, version after version: a new file takes every step, an older one those that it lacks.
--- PRAGMA user_version says which one was the last. A released step never changes. A new one only
--- adds, as for a minute of a deploy the old code works on the new file; it may call `search_text`
--- and `phone_digits` of fields.py. Each begins with a line "-- Version ...".
+-- One section for each version. A new file runs all of them, an older file those that it lacks;
+-- PRAGMA user_version is the number of sections that a file has run. A released section is never
+-- changed. A new one may add tables, and columns that are nullable or have a default: during a deploy
+-- the release before still inserts rows. It runs in a transaction, and may call
+-- search_text(username, name, fields) and phone_digits(phone), which migrations.py defines.
+-- A section begins with a line "-- Version ...".
 
 -- Version 1
 
 CREATE TABLE visitor (
-    number      INTEGER PRIMARY KEY,   -- the order of creation: of several visitors, the oldest
-    id          TEXT    NOT NULL,      -- `_id`; random, and without an index, which would cost each insert
+    number      INTEGER PRIMARY KEY,   -- the order of creation; of several that match, the lowest is taken
+    id          TEXT    NOT NULL,      -- `_id`; random; no index, as one would slow every insert
     token       TEXT    NOT NULL UNIQUE,
     username    TEXT    NOT NULL,      -- need not be unique
     name        TEXT,
@@ -15,7 +17,7 @@ CREATE TABLE visitor (
     phone       TEXT,
     department  TEXT,
     ts          INTEGER NOT NULL,      -- creation, milliseconds since 1970
-    updated     INTEGER NOT NULL,      -- last write, never going back
+    updated     INTEGER NOT NULL,      -- the last write, in milliseconds; never goes back
     search      TEXT    NOT NULL,      -- what a search looks into: search_text in fields.py
     fields      TEXT    NOT NULL       -- custom fields: a JSON object of strings, in order of creation
 ) STRICT;
@@ -25,7 +27,7 @@ CREATE TABLE guest (
     last        INTEGER NOT NULL
 ) STRICT;
 
-INSERT INTO guest (last) VALUES (1);   -- the first one is guest-2, as in the document
+INSERT INTO guest (last) VALUES (1);   -- the first one is guest-2, as in Rocket.Chat's documentation
 
 -- Version 2: texts are compared as Unicode has it, and phones by their digits
 
@@ -35,14 +37,14 @@ UPDATE visitor SET
     digits = phone_digits(phone),
     search = search_text(username, coalesce(name, ''), fields);
 
--- Version 3: the visitors of each day, for the statistics. Triggers keep them, as other programs
--- delete and import too; an index of `ts` would cost each registration more, and the statistics a
--- scan of it.
+-- Version 3: the registrations of each day, for the statistics. Triggers keep them, because other
+-- programs insert and delete too. An index of `ts` would cost each registration more, and the
+-- statistics a scan of it.
 
 CREATE TABLE day (
     number      INTEGER PRIMARY KEY,   -- days since 1970-01-01, in UTC
-    registered  INTEGER NOT NULL,      -- the visitors there are who were created on that day
-    changes     INTEGER NOT NULL       -- how often one of them was written or deleted
+    registered  INTEGER NOT NULL,      -- visitors that were created on that day and still exist
+    changes     INTEGER NOT NULL       -- how often one of them was written or deleted; only grows
 ) STRICT;
 
 CREATE TRIGGER visitor_created AFTER INSERT ON visitor BEGIN

@@ -1,8 +1,8 @@
-"""A VFS that zeroes what SQLite leaves behind in the pages of the database file.
+"""A VFS that zeroes old bytes which SQLite leaves in unused parts of the database's pages.
 
-`secure_delete` zeroes what is deleted, but a page that SQLite rebuilds while it balances a tree
-keeps copies of moved cells in the gap between its cell pointers and its cells. Measured: after 1 of
-1,000 erasures the erased data was still there.
+`secure_delete` zeroes deleted cells. But where SQLite rebalances a tree, copies of moved cells can
+stay in the gap between a page's cell pointers and its cells. Measured: after 1 of 1,000 erasures
+the erased data was still there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import apsw
 class _Scrubber(apsw.VFS):
     """The operating system's files, but the pages of a database file are scrubbed.
 
-    Only connections that checkpoint need it, as nothing else writes to the database file.
+    Only our connections that checkpoint use it, as the others write to the WAL alone. A checkpoint
+    of another program, such as a shell, scrubs nothing.
     """
 
     name = "livechat-scrubber"
@@ -32,9 +33,10 @@ class _Scrubber(apsw.VFS):
         return _File("", name, flags)
 
 
-# The first call registers it, as the default VFS of that moment is its base; the cache keeps it, as
-# it is registered only as long as it lives.
-scrubber = cache(_Scrubber)
+@cache  # which keeps it: a VFS is registered only as long as its object lives
+def scrubber() -> _Scrubber:
+    """Return the VFS; the first call registers it, above the default VFS of that moment."""
+    return _Scrubber()
 
 
 def scrub(page: bytes) -> bytes:
@@ -52,7 +54,7 @@ def scrub(page: bytes) -> bytes:
 
 
 class _File(apsw.VFSFile):
-    """A file that is scrubbed, if it is a database, and whose syncs let other threads run.
+    """A file whose pages are scrubbed, if it is a database, and whose syncs let other threads run.
 
     apsw's own syncs do not. Ours need the descriptor that SQLite has opened: to close another one
     of the same file would take away SQLite's locks.
@@ -76,11 +78,11 @@ class _File(apsw.VFSFile):
             os.fdatasync(self._descriptor)
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 # SQLite's name
-        # SQLite writes whole pages. What is no page of a tree could be taken for one: an overflow
-        # page, from 2**25 pages on, and a map of pages, which a database has whose header says that
-        # it vacuums by itself.
-        small = self._is_database and super().xFileSize() < 2**25 * len(data)
-        if small and not any(super().xRead(4, 52)):
+        # SQLite writes whole pages. Two kinds could be taken for one of a tree: an overflow page,
+        # which begins with a page number, where that needs its first byte (from 2**25 pages on);
+        # and a page map, which there is where bytes 52 to 55 of the header are not 0 (auto_vacuum).
+        may_scrub = self._is_database and super().xFileSize() < 2**25 * len(data)
+        if may_scrub and not any(super().xRead(4, 52)):
             data = scrub(data)
         super().xWrite(data, offset)
 

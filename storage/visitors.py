@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
@@ -28,7 +27,7 @@ from storage.fields import (
     to_json,
 )
 
-MAX_PAGE_BYTES = 4_000_000  # of the visitors on a page of a search, which has at least one
+MAX_PAGE_BYTES = 4_000_000  # of the visitors on one page of a search, which has at least one
 ID_ALPHABET = b"23456789ABCDEFGHJKLMNPQRSTWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 17
 # Each byte below the largest multiple of the alphabet's length stands for a character; the rest is
@@ -38,7 +37,7 @@ _CHARACTERS = (ID_ALPHABET * (_USED // len(ID_ALPHABET))).ljust(256)
 _DROPPED = bytes(range(_USED, 256))
 
 DAY = 86_400_000  # milliseconds
-# The keys of a visitor in a search; the last three are ours (contract, 9).
+# The keys of a visitor in a search's answer; the last three are not in Rocket.Chat's (contract, 9).
 SEARCH_KEYS = (
     *("_id", "username", "name", "phone", "livechatData", "visitorEmails"),
     *("department", "ts", "_updatedAt"),
@@ -52,7 +51,7 @@ class VisitorNotFound(Exception):
 
 
 class UnknownField(Exception):
-    """The key of a custom field is not configured, or there is no field."""
+    """A custom field is not configured, or the list of them is empty."""
 
 
 class OverLimit(Exception):
@@ -92,7 +91,7 @@ class VisitorStore:
         self._field_keys = field_keys
         self._clock = clock
         self._make_id = make_id
-        self._began = clock()
+        self._started_at = clock()
 
     def register(
         self,
@@ -100,7 +99,7 @@ class VisitorStore:
         given: Mapping[str, str],
         fields: Iterable[Mapping[str, Any]] = (),
     ) -> dict[str, Any]:
-        """Create or update the visitor that `token`, or by configuration phone or email, meets.
+        """Create a visitor, or update the one that this registration matches (contract, 2.3).
 
         `given` holds what the client gave of username, name, email, phone and department, no
         empty strings; `fields` are dicts of key, value and overwrite, unknown keys are skipped.
@@ -133,7 +132,7 @@ class VisitorStore:
         """
 
         def work(connection: apsw.Connection) -> None:
-            visitor = _one(connection, "token", token)
+            visitor = _oldest(connection, "token", token)
             if not fields or not all(self._keeps(field["key"]) for field in fields):
                 raise UnknownField
             self._save(connection, visitor, fields)
@@ -148,14 +147,15 @@ class VisitorStore:
         return self._read(value, by, as_wire)
 
     def erase(self, value: str, by: str = "token") -> dict[str, Any]:
-        """Delete the visitor that `find` returns, whose data is then gone from the files.
+        """Delete the visitor that `find` returns, and its bytes from the files.
 
+        These go before this returns, or once no other program reads an older state any more.
         Return the `_id` and the time of deletion; raise `VisitorNotFound`.
         """
         number, id_ = self._read(value, by, itemgetter("number", "id"))
 
         def work(connection: apsw.Connection) -> dict[str, Any]:
-            # Another visitor may have got the number meanwhile.
+            # A new visitor may have got the number meanwhile.
             connection.execute("DELETE FROM visitor WHERE number = ? AND id = ?", (number, id_))
             if not connection.changes():
                 raise VisitorNotFound
@@ -180,7 +180,7 @@ class VisitorStore:
         order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
         where = "email = :email OR phone = :phone OR digits = :digits OR instr(search, :part)"
         where = where if term else "true"
-        # The inner query sorts numbers alone, as SQLite copies what it sorts.
+        # The inner query sorts the numbers alone, because SQLite copies what it sorts.
         numbers = f"SELECT number FROM visitor WHERE {where} {order} LIMIT :count OFFSET :offset"
         page = f"{SELECT} WHERE number IN ({numbers}) {order}"
         wanted = {
@@ -193,7 +193,7 @@ class VisitorStore:
         }
 
         def work(connection: apsw.Connection) -> tuple[list[dict[str, Any]], int]:
-            if "\0" in term:  # which separates the texts in `search`; no visitor has it in one
+            if "\0" in term:  # which separates the texts in `search`, and is in none of them
                 return [], 0
             sql = f"SELECT count(*) FROM visitor WHERE {where}"
             total = connection.execute(sql, wanted).get
@@ -213,15 +213,16 @@ class VisitorStore:
     def statistics(self, days: int) -> dict[str, Any]:
         """Return the total of visitors, and how many of them are of each of the last `days`.
 
-        The days are those of UTC, today first. "changed" is a time that moves on when any program
-        registers, changes or erases a visitor, and at a start.
+        The days are those of UTC, today first. "changed" is an artificial time: it moves on when
+        any program registers, changes or erases a visitor, and at a start.
         """
         today = self._clock() // DAY
         sql = "SELECT * FROM day"
         rows: Any = self._database.read(lambda connection: connection.execute(sql).fetchall())
         registered = {number: visitors for number, visitors, _ in rows}
-        # A millisecond for each change. It is greater after a restart, as that takes longer.
-        changed = self._began + sum(changes for *_, changes in rows)
+        # One millisecond for each change there ever was. A restart moves it on too, as the service
+        # has run for longer than its changes are.
+        changed = self._started_at + sum(changes for *_, changes in rows)
         return {
             "total": sum(registered.values()),
             "changed": iso_date(changed),
@@ -241,16 +242,12 @@ class VisitorStore:
         )
 
     def reset(self) -> None:
-        """Delete every visitor, whose data is then gone; the next guest is guest-2 again."""
-        self._database.write(
-            lambda connection: (
-                connection.execute("DELETE FROM visitor; UPDATE guest SET last = 1").get
-            ),
-            erases=True,
-        )
+        """Delete every visitor, as `erase` does; the next guest is guest-2 again."""
+        sql = "DELETE FROM visitor; UPDATE guest SET last = 1"
+        self._database.write(lambda connection: connection.execute(sql).get, erases=True)
 
     def ping(self) -> None:
-        """Read the files anew; raise `Unavailable` where they are missing or damaged.
+        """Read the files, not SQLite's memory; raise `Unavailable` if they are missing or damaged.
 
         Of a large database only the newest visitor is read.
         """
@@ -264,9 +261,11 @@ class VisitorStore:
     def _keeps(self, key: str) -> bool:
         return not self._field_keys or key in self._field_keys
 
-    def _read(self, value: str, by: str, form: Callable[[dict[str, Any]], T]) -> T:
-        read = self._database.read if by == "token" else self._database.scan  # without an index
-        return read(lambda connection: form(_one(connection, by, value)))
+    def _read(self, value: str, by: str, convert: Callable[[dict[str, Any]], T]) -> T:
+        read = (
+            self._database.read if by == "token" else self._database.scan
+        )  # an `_id` has no index
+        return read(lambda connection: convert(_oldest(connection, by, value)))
 
     def _save(
         self,
@@ -274,16 +273,16 @@ class VisitorStore:
         visitor: dict[str, Any],
         fields: Iterable[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Write a visitor, a new one or not, with some custom fields; return the answer.
+        """Merge custom fields into a visitor, new or not, and write it; return it as an answer.
 
-        Raise `OverLimit`.
+        Raise `OverLimit`, but never for one that was larger before, such as an imported one.
         """
-        held = visitor["fields"]
-        before = len(to_json(held).encode()) if held else 0
+        custom_fields = visitor["fields"]
+        before = len(to_json(custom_fields).encode()) if custom_fields else 0
         for field in fields:
-            if field["overwrite"] or not held.get(field["key"]):
-                held[field["key"]] = field["value"]
-        if len(held) > MAX_CUSTOM_FIELDS:
+            if field["overwrite"] or not custom_fields.get(field["key"]):
+                custom_fields[field["key"]] = field["value"]
+        if len(custom_fields) > MAX_CUSTOM_FIELDS:
             raise OverLimit(f"{MAX_CUSTOM_FIELDS} items")
         visitor["updated"] = max(self._clock(), visitor["updated"])
         row = as_row(visitor)
@@ -295,18 +294,22 @@ class VisitorStore:
     def _existing(
         self, connection: apsw.Connection, token: str, given: Mapping[str, str]
     ) -> dict[str, Any] | None:
-        """Return whom a registration updates (contract, 2.3), with the token to be kept."""
+        """Return the visitor that a registration matches, with the token to be kept; or None."""
         wanted = {**given, "token": token}
         for column in self._match:
-            if column in wanted:
-                with suppress(VisitorNotFound):
-                    visitor = _one(connection, column, wanted[column])
-                    # Who is met by phone keeps the old token; who is met by email gets the new one.
-                    return visitor if column == "phone" else visitor | {"token": token}
+            if column not in wanted:
+                continue
+            try:
+                visitor = _oldest(connection, column, wanted[column])
+            except VisitorNotFound:
+                continue
+            if column == "email":
+                visitor["token"] = token  # but one that is matched by phone keeps its own
+            return visitor
         return None
 
 
-def _one(connection: apsw.Connection, column: str, value: str | int) -> dict[str, Any]:
+def _oldest(connection: apsw.Connection, column: str, value: str | int) -> dict[str, Any]:
     """Return the oldest visitor with that value in that column; raise `VisitorNotFound`."""
     sql = f"{SELECT} WHERE {column} = ? ORDER BY number LIMIT 1"
     row = connection.execute(sql, (value,)).fetchone()

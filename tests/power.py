@@ -271,7 +271,7 @@ class Run:
                 tokens = self._random.sample(range(20), min(together, end - self.number))
                 group = [self.change(store, f"token-{token}", erasing) for token in tokens]
                 groups.run(database, group)
-                database.tidy(0)
+                database.empty_wal_if_due(0)
 
         change(changes // 2, erasing=0.3)
         with snapshot(self.path):
@@ -316,7 +316,7 @@ def main(folder, seed, changes, synchronous="FULL"):
     random = Random(int(seed))
     recorder = Recorder(random)  # before any other VFS or connection is made
     # So few pages that a short run checkpoints in every way, and begins the WAL anew.
-    storage.database.CHECKPOINT, storage.database.CROWDED = 10, 25
+    storage.database.CHECKPOINT_PAGES, storage.database.MAX_WAL_PAGES = 10, 25
     storage.database.GROUP_TIME = 60  # so that no group is parted by a slow machine
     for module in (storage.database, storage.migrations):
         module.configure = weakened(module.configure, synchronous)

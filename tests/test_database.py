@@ -77,12 +77,12 @@ def test_every_file_is_readable_by_its_owner_alone(path, umask):
 
 def test_every_connection_has_the_settings_that_make_an_answer_durable(database):
     def settings(connection):
-        names = ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
+        names = ("journal_mode", "synchronous", "secure_delete")
         return [connection.pragma(name) for name in names]
 
-    assert database.write(settings) == ["wal", 2, 1, 1]
-    assert database.read(settings) == ["wal", 2, 1, 1]
-    assert database.scan(settings) == ["wal", 2, 1, 1]
+    assert database.write(settings) == ["wal", 2, 1]
+    assert database.read(settings) == ["wal", 2, 1]
+    assert database.scan(settings) == ["wal", 2, 1]
 
 
 def test_the_file_says_whose_it_is_and_its_tables_are_strict(database):
@@ -299,7 +299,7 @@ def test_a_database_that_was_replaced_is_a_fault_until_the_one_before_is_put_bac
         os.rename(other, path)
         before = content(path)
         for use in uses(database):
-            with pytest.raises(storage.Unavailable, match="was replaced: put the one before back"):
+            with pytest.raises(storage.Unavailable, match="was replaced: move the one before back"):
                 use()
         assert content(path) == before
         os.rename(path, other)
@@ -491,16 +491,16 @@ def write_much(database, number):
 
 def test_the_wal_is_emptied_after_a_write_of_another_process_and_not_every_second(database, path):
     store(database).register("own", {})
-    database.look_after()
+    database.finish_erasures()
     store(database).register("own too", {})
     size = os.stat(f"{path}-wal").st_size
     assert size > 0
     for _ in range(3):
-        database.look_after()
+        database.finish_erasures()
         assert os.stat(f"{path}-wal").st_size == size
     other = "import apsw, sys; apsw.Connection(sys.argv[1]).execute('DELETE FROM visitor')"
     subprocess.run([sys.executable, "-c", other, path], check=True)
-    database.look_after()
+    database.finish_erasures()
     assert os.stat(f"{path}-wal").st_size == 0
 
 

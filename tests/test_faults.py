@@ -144,7 +144,7 @@ def spoil(start, end):
 FAULTS = {
     "the WAL is moved away": (
         lambda server: away(server, "-wal"),
-        ({503}, {503}, {503}, "-wal was removed or replaced: put the one before back, or restart"),
+        ({503}, {503}, {503}, "-wal was removed or replaced: move the one before back (a copy"),
     ),
     "the database is moved away": (
         lambda server: away(server, ""),
@@ -209,7 +209,7 @@ FAULTS = {
 WAL_FAULTS = {
     "the WAL and its index are moved away": (
         lambda server: away(server, "-wal", "-shm"),
-        ({503}, {503}, {503}, "-wal was removed or replaced: put the one before back, or restart"),
+        ({503}, {503}, {503}, "-wal was removed or replaced: move the one before back (a copy"),
     ),
     "the WAL is cut in half": (
         cut_wal,
@@ -346,7 +346,7 @@ def test_a_wal_that_is_removed_is_a_503_until_a_restart(make_server, suffixes):
     assert visitors.register() == 200
     with removed(server, *suffixes):
         look(visitors, ({503}, {503}, {503}, None))
-    said = f"{server.database}-wal was removed or replaced: put the one before back, or restart"
+    said = f"{server.database}-wal was removed or replaced: move the one before back (a copy"
     assert server.log().count(said) == 6
     assert server.stop() == 0
     visitors.server = server = make_server().wait()

@@ -210,6 +210,18 @@ def test_an_erasure_is_finished_and_logged_also_where_its_client_has_gone(server
     assert b"Secret" not in server.database.read_bytes()
 
 
+def test_a_stop_waits_for_an_erasure_whose_client_has_gone(server):
+    id_ = server.register("gone")[1]["visitor"]["_id"]
+    with held(server.database, "older state"):  # so that the erasure waits
+        client = server.connect()
+        client.sendall(f"DELETE {PATH}/gone HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: not server.query("SELECT 1 FROM visitor"), "it is committed")
+        reset(client)
+        assert server.request("GET", f"{PATH}/gone")[0] == 400
+        assert server.stop() == 0
+    assert f"Erased the visitor {id_}" in server.log()
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_large_last_answer_that_is_taken_slowly_arrives_whole(make_server, version):
     server = make_server(LIVECHAT_AGENT="agent:secret").wait()
