@@ -106,6 +106,8 @@ def no_file_may_grow(server):
     for pid in (server.process.pid, *server.workers()):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, before[1]))
     try:
+        # The worker may have emptied the WAL meanwhile, as another process has written.
+        wait_until(lambda: server.register("large", customFields=fields)[0] == 503, "it would grow")
         yield
     finally:
         for pid in (server.process.pid, *server.workers()):
