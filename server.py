@@ -217,7 +217,6 @@ class Connection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.parser = HttpRequestParser(self)
         self.greenlet: RequestGreenlet | None = None  # in which its request runs
-        self.lost = False
 
     def connection_made(self, transport: Any) -> None:
         self.transport: asyncio.Transport = transport
@@ -236,11 +235,9 @@ class Connection(asyncio.Protocol):
             longest.transport.abort()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        self.lost = True
+        self.worker.connections.discard(self)
         del self.parser  # which refers to this
-        if self.greenlet is None:
-            self.worker.connections.discard(self)
-        elif self.greenlet.cancellable is not None:
+        if self.greenlet is not None and self.greenlet.cancellable is not None:
             self.greenlet.cancellable.cancel()
 
     def wait_for_request(self, seconds: float) -> None:
@@ -294,6 +291,7 @@ class Connection(asyncio.Protocol):
         if self.phase == "running":
             if start < len(data):
                 self.after_answer = "linger"
+            self.worker.running += 1
             idle = idle_greenlets.pop() if idle_greenlets else RequestGreenlet(run_requests)
             self.greenlet = idle
             idle.switch(self.run_app)
@@ -433,8 +431,7 @@ class Connection(asyncio.Protocol):
             log_unforeseen(error)
             self.transport.abort()
         self.greenlet = None
-        if self.lost:
-            self.worker.connections.discard(self)
+        self.worker.running -= 1
 
     def environ(self) -> dict[str, Any]:
         """Return the environment of the request for the app (PEP 3333)."""
@@ -516,6 +513,7 @@ class Worker(base.Worker):
         self.max_connections = max(1, min(self.cfg.worker_connections, soft - SPARE_FILES))
         self.idle_time = self.cfg.keepalive
         self.connections: set[Connection] = set()
+        self.running = 0  # requests, also those whose client has gone
         self.database = storage.Database(self.settings.database, GreenletWaiting(), self.identity)
         try:
             self.database.open()
@@ -550,7 +548,7 @@ class Worker(base.Worker):
         for one in listening:
             one.close()
         await self.tick()  # in which connections that were just accepted come to `connections`
-        while self.connections or not self.caretaker.dead:
+        while self.connections or self.running or not self.caretaker.dead:
             await self.tick()
         self.database.close()
 

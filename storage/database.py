@@ -137,11 +137,11 @@ class Waiting:
                 time.sleep(BEGIN_RETRY)
             database.commit_group(group)
             database.checkpoint()
-            if not write.erases:
-                with suppress(Unavailable):  # it can be done later
-                    database.empty_wal_if_due(0)
         finally:
             self._free.release()
+        if not write.erases:
+            with suppress(Unavailable):  # it can be done later
+                database.empty_wal_if_due(0)
 
     def in_thread(
         self,
@@ -235,6 +235,7 @@ class Database:
         self._scans = 0  # that run or wait
         self._erasures = 1  # that are committed; the first is what an earlier process may have left
         self._erased = 0  # of these, whose bytes are gone
+        self._emptying = False  # whether the WAL is being emptied, so that no write may begin
         self._data_version = 0  # of the writer: it changes when another connection writes
         self._no_wait_until = 0.0  # seconds of `time.monotonic`, until which no erasure waits
 
@@ -250,14 +251,15 @@ class Database:
         gone from the database file at the next checkpoint. If it `erases`, this waits until they
         are gone from the file and the WAL, but for another program that reads an older state only
         `ERASE_TIME`: then they go later, by themselves.
-        Raise `Unavailable` where nothing is written, where that is not known, or where it is
-        written but the bytes of what it `erases` are not gone.
+        They also go later where a fault keeps them from it now.
+        Raise `Unavailable` where nothing is written, or where that is not known.
         """
         write = PendingWrite(work, erases)
         self._waiting.commit(self, write)
         result = write.outcome()
         if erases:
-            self.empty_wal_if_due()
+            with suppress(Unavailable):  # it is written, so its `_id` has to be logged
+                self.empty_wal_if_due()
         return result
 
     def read(self, work: Work[T]) -> T:
@@ -309,9 +311,10 @@ class Database:
 
         Raise `Unavailable`. To be called about once a second.
         """
-        version = self._read_data_version()
-        self._erasures += version != self._data_version
-        self._data_version = version
+        with suppress(Unavailable):  # during a commit: it is seen a second later
+            version = self._read_data_version()
+            self._erasures += version != self._data_version
+            self._data_version = version
         if self._emptying_is_due():
             self.empty_wal_if_due(0)
             # To empty the WAL counts as a write of another connection. An erasure that another
@@ -323,6 +326,8 @@ class Database:
 
         It does not where another program has the database open, or a file was moved or replaced.
         """
+        if self._scanner.connection is not None:
+            self._scanner.connection.interrupt()  # which is a search that nobody waits for
         with ExitStack() as held:
             for handle in self._handles:
                 if handle.lock.acquire(timeout=TIMEOUT):  # else whoever holds it is stuck
@@ -343,7 +348,7 @@ class Database:
 
         Return those that ran, or those whose deadline has passed, for `commit_group`: until that is
         called, in any thread, nobody else can write. Return an empty list while another program is
-        writing: then try again. It never waits for other programs.
+        writing, or the WAL is being emptied: then try again. It never waits for these.
         """
         self._writer.lock.acquire()
         now = time.monotonic()
@@ -351,6 +356,9 @@ class Database:
             for write in late:
                 write.fail(LOCKED)
             return late
+        if self._emptying:
+            self._writer.lock.release()
+            return []
         try:
             connection = self._checked_connection(self._writer)
             connection.execute("BEGIN IMMEDIATE")
@@ -430,8 +438,15 @@ class Database:
     def _try_to_empty_wal(self) -> bool:
         """Empty the WAL once; return False where another program keeps it from that."""
         erasures, pages = self._erasures, self._wal_pages  # of which a commit may make more
-        with self._exclusive(self._checkpointer) as connection:
-            busy, _, _ = connection.pragma("wal_checkpoint", "TRUNCATE")
+        self._emptying = True
+        try:
+            # Let the write that is running end first, as SQLite does not wait for it.
+            if self._writer.lock.acquire(timeout=TIMEOUT):
+                self._writer.lock.release()
+            with self._exclusive(self._checkpointer) as connection:
+                busy, _, _ = connection.pragma("wal_checkpoint", "TRUNCATE")
+        finally:
+            self._emptying = False
         if busy:
             return False
         self._erased = erasures
@@ -470,8 +485,9 @@ class Database:
 
         Where only the -shm file is another one, all connections are opened anew.
         """
-        files, database_bytes, bytes_in_wal = stat_files(self.path)
         with self._opening:
+            # Not before: another thread may be opening them.
+            files, database_bytes, bytes_in_wal = stat_files(self.path)
             if files != self._files:
                 self._refuse_replaced(files)
                 self._reopen(handle)

@@ -671,6 +671,32 @@ def test_nothing_is_shared_that_two_threads_may_not_use_at_once(database):
         assert {writing.result(), reading.result(), scanning.result()} == {0, 1, 2}
 
 
+def test_an_erasure_that_is_committed_is_no_fault_where_its_bytes_have_to_wait(path):
+    """Or nobody would log whom to erase again after a restore."""
+
+    class Faulty(storage.Waiting):
+        def in_thread(self, call, cancellable=False):
+            raise storage.Unavailable("no room for a checkpoint")
+
+    storage.prepare(path)
+    with closing(storage.Database(path, Faulty())) as database:
+        store(database).register("gone", {})
+        store(database).erase("gone")
+        assert database.read(count) == 0
+        assert os.stat(f"{path}-wal").st_size > 0
+    with closing(storage.Database(path)) as database:
+        database.finish_erasures()
+        assert os.stat(f"{path}-wal").st_size == 0
+
+
+def test_threads_may_all_open_a_database_at_once(path):
+    storage.prepare(path)
+    for _ in range(20):
+        with closing(storage.Database(path)) as database, ThreadPoolExecutor(8) as pool:
+            uses = [database.read, database.scan, database.write] * 8
+            assert set(pool.map(lambda use: use(count), uses)) == {0}
+
+
 def test_an_erasure_waits_for_who_reads_for_long_and_the_next_ones_do_not(database, path):
     """As an export does it, for a minute: only the first erasure waits in vain."""
     visitors = store(database)

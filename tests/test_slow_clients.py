@@ -222,6 +222,19 @@ def test_a_stop_waits_for_an_erasure_whose_client_has_gone(server):
     assert f"Erased the visitor {id_}" in server.log()
 
 
+def test_requests_whose_clients_have_gone_take_no_room_from_others(make_server):
+    server = make_server(GUNICORN_CMD_ARGS="--worker-connections 20").wait()
+    with held(server.database, "transaction"):  # so that they go on waiting
+        for number in range(30):
+            client = server.connect()
+            body = f'{{"visitor":{{"token":"t{number}"}}}}'
+            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            assert server.request("GET", "/livez")[0] == 200  # so it has been read by now
+            reset(client)
+        assert [server.request("GET", "/livez")[0] for _ in range(20)] == [200] * 20
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_large_last_answer_that_is_taken_slowly_arrives_whole(make_server, version):
     server = make_server(LIVECHAT_AGENT="agent:secret").wait()

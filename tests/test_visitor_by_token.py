@@ -263,6 +263,31 @@ def test_searches_of_this_process_do_not_hold_an_erasure_up(service, tmp_path):
         assert [one.result() for one in searching] == [None] * 4
 
 
+def test_writes_that_take_long_do_not_hold_an_erasure_up(service, tmp_path):
+    """As on a slow disk."""
+    service.register("first")
+    done = Event()
+
+    def slowly(connection):
+        connection.execute("UPDATE guest SET last = last")
+        done.wait(0.03)
+
+    def write():
+        while not done.is_set():
+            service.database.write(slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(write) for _ in range(2)]
+        try:
+            for number in range(10):
+                service.register(f"TOKEN-{number}", **SECRETS)
+                assert request(service, "DELETE", f"TOKEN-{number}").status_int == 200
+                assert count(tmp_path / "livechat.db", "secret") == 0
+        finally:
+            done.set()
+        assert [one.result() for one in writing] == [None] * 2
+
+
 def erase_under_a_reader(service, path):
     """Erase a visitor whom another process goes on reading, so that the bytes have to stay."""
     service.register("TOKEN-secret", **SECRETS)
