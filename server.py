@@ -356,6 +356,7 @@ class Connection(asyncio.Protocol):
         self.method = self.parser.get_method().decode()
         fields = dict(self.headers)
         self.check_fields(fields)
+        self.may_be_kept = self.version == "1.1" and "upgrade" not in fields
         try:
             self.parts = parse_url(self.url)
         except HttpParserError:
@@ -394,8 +395,8 @@ class Connection(asyncio.Protocol):
         # Not where the body was too large, nor of the first parser at an upgrade.
         if self.phase == "body" and not self.parser.should_upgrade():
             self.phase = "running"
-            lasts = self.version == "1.1" and self.parser.should_keep_alive()
-            self.after_answer = "keep" if lasts else "close"
+            kept = self.may_be_kept and self.parser.should_keep_alive()
+            self.after_answer = "keep" if kept else "close"
 
     def drop_body(self) -> None:
         """Run the request with a body above the limit, for the app to refuse; drop what follows."""

@@ -1247,6 +1247,15 @@ def test_an_upgrade_is_not_made_and_its_connection_closed(worker, raw, size):
     assert json.loads(body)["visitor"]["token"] == "S3CRET"
 
 
+def test_an_upgrade_that_the_connection_does_not_name_closes_it_too(worker):
+    raw = b"GET /livez HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n"
+    with worker.server.connect() as client:
+        send_in_pieces(client, [raw])
+        head, _ = read_all(client)
+    assert head.startswith(b"200 ")
+    assert b"\r\nconnection: close\r\n" in head.lower()
+
+
 def test_who_closes_the_sending_side_still_gets_the_answer(worker):
     with (
         contextlib.closing(apsw.Connection(str(worker.server.database))) as other,
