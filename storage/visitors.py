@@ -173,10 +173,7 @@ class VisitorStore:
         `SORTABLE` to 1 or -1; the newest come first. The page ends early where it would be larger
         than `MAX_PAGE_BYTES`.
         """
-        keys = [
-            f"{SORTABLE[key]} {'ASC' if direction > 0 else 'DESC'}"
-            for key, direction in sort.items()
-        ]
+        keys = [f"{SORTABLE[key]} {'ASC' if sort[key] > 0 else 'DESC'}" for key in sort]
         order = f"ORDER BY {', '.join([*keys, 'number DESC'])}"
         where = "email = :email OR phone = :phone OR digits = :digits OR instr(search, :part)"
         where = where if term else "true"
@@ -262,9 +259,8 @@ class VisitorStore:
         return not self._field_keys or key in self._field_keys
 
     def _read(self, value: str, by: str, convert: Callable[[dict[str, Any]], T]) -> T:
-        read = (
-            self._database.read if by == "token" else self._database.scan
-        )  # an `_id` has no index
+        # An `_id` has no index.
+        read = self._database.read if by == "token" else self._database.scan
         return read(lambda connection: convert(_oldest(connection, by, value)))
 
     def _save(
@@ -275,7 +271,8 @@ class VisitorStore:
     ) -> dict[str, Any]:
         """Merge custom fields into a visitor, new or not, and write it; return it as an answer.
 
-        Raise `OverLimit`, but never for one that was larger before, such as an imported one.
+        Raise `OverLimit`; for the bytes not where they are no more than before, as an older or an
+        imported visitor may have more than the limit.
         """
         custom_fields = visitor["fields"]
         before = len(to_json(custom_fields).encode()) if custom_fields else 0

@@ -194,15 +194,20 @@ def reset(client):
     client.close()
 
 
+def erase_and_go(server):
+    """Erase the visitor "gone", and reset the connection once that is committed."""
+    client = server.connect()
+    client.sendall(f"DELETE {PATH}/gone HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    wait_until(lambda: not server.query("SELECT 1 FROM visitor"), "it is committed")
+    reset(client)
+    assert server.request("GET", f"{PATH}/gone")[0] == 400
+
+
 def test_an_erasure_is_finished_and_logged_also_where_its_client_has_gone(server):
     """The log has whom to erase again after a restore."""
     id_ = server.register("gone", name="Secret")[1]["visitor"]["_id"]
     with held(server.database, "older state") as let_go:  # so that the erasure waits
-        client = server.connect()
-        client.sendall(f"DELETE {PATH}/gone HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        wait_until(lambda: not server.query("SELECT 1 FROM visitor"), "it is committed")
-        reset(client)
-        assert server.request("GET", f"{PATH}/gone")[0] == 400
+        erase_and_go(server)
         let_go()
     wait_until(lambda: f"Erased the visitor {id_}" in server.log(), "it is logged")
     wal = server.database.with_name("livechat.db-wal")
@@ -213,11 +218,7 @@ def test_an_erasure_is_finished_and_logged_also_where_its_client_has_gone(server
 def test_a_stop_waits_for_an_erasure_whose_client_has_gone(server):
     id_ = server.register("gone")[1]["visitor"]["_id"]
     with held(server.database, "older state"):  # so that the erasure waits
-        client = server.connect()
-        client.sendall(f"DELETE {PATH}/gone HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        wait_until(lambda: not server.query("SELECT 1 FROM visitor"), "it is committed")
-        reset(client)
-        assert server.request("GET", f"{PATH}/gone")[0] == 400
+        erase_and_go(server)
         assert server.stop() == 0
     assert f"Erased the visitor {id_}" in server.log()
 

@@ -242,50 +242,47 @@ def test_no_copy_of_a_moved_row_stays_behind_in_the_file(make_service, tmp_path)
     connection.close()
 
 
-def test_searches_of_this_process_do_not_hold_an_erasure_up(service, tmp_path):
+def erase_beside(service, path, threads, use, times):
+    """Erase visitors, whose bytes have to be gone, while threads use the database all the time."""
     service.register("first")
-    sql = f"SELECT count(*), (SELECT sum(value) FROM {SERIES.replace('30000', '100000')}) FROM visitor"
     done = Event()
 
-    def search():
+    def go_on():
         while not done.is_set():
-            service.database.scan(lambda connection: connection.execute(sql).fetchall())
+            use(done)
 
-    with ThreadPoolExecutor(4) as pool:
-        searching = [pool.submit(search) for _ in range(4)]
+    with ThreadPoolExecutor(threads) as pool:
+        using = [pool.submit(go_on) for _ in range(threads)]
         try:
-            for number in range(5):
+            for number in range(times):
                 service.register(f"TOKEN-{number}", **SECRETS)
                 assert request(service, "DELETE", f"TOKEN-{number}").status_int == 200
-                assert count(tmp_path / "livechat.db", "secret") == 0
+                assert count(path, "secret") == 0
         finally:
             done.set()
-        assert [one.result() for one in searching] == [None] * 4
+        assert [one.result() for one in using] == [None] * threads
+
+
+def test_searches_of_this_process_do_not_hold_an_erasure_up(service, tmp_path):
+    sql = f"SELECT count(*), (SELECT sum(value) FROM {SERIES.replace('30000', '100000')}) FROM visitor"
+
+    def search(_done):
+        service.database.scan(lambda connection: connection.execute(sql).fetchall())
+
+    erase_beside(service, tmp_path / "livechat.db", 4, search, 5)
 
 
 def test_writes_that_take_long_do_not_hold_an_erasure_up(service, tmp_path):
     """As on a slow disk."""
-    service.register("first")
-    done = Event()
 
-    def slowly(connection):
-        connection.execute("UPDATE guest SET last = last")
-        done.wait(0.03)
+    def write(done):
+        def slowly(connection):
+            connection.execute("UPDATE guest SET last = last")
+            done.wait(0.03)
 
-    def write():
-        while not done.is_set():
-            service.database.write(slowly)
+        service.database.write(slowly)
 
-    with ThreadPoolExecutor(2) as pool:
-        writing = [pool.submit(write) for _ in range(2)]
-        try:
-            for number in range(10):
-                service.register(f"TOKEN-{number}", **SECRETS)
-                assert request(service, "DELETE", f"TOKEN-{number}").status_int == 200
-                assert count(tmp_path / "livechat.db", "secret") == 0
-        finally:
-            done.set()
-        assert [one.result() for one in writing] == [None] * 2
+    erase_beside(service, tmp_path / "livechat.db", 2, write, 10)
 
 
 def erase_under_a_reader(service, path):
